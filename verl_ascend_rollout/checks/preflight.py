@@ -1,0 +1,169 @@
+"""What can be seen to be wrong in the driver, before Ray, the trainer and vLLM take minutes to find it.
+
+Each problem is one sentence: what is wrong, where, what to do.  All of them are printed, then the run stops with exit
+code 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from verl_ascend_rollout import policy
+from verl_ascend_rollout.options import AscendSafeOptions, OptionError
+from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts
+from verl_ascend_rollout.platforms.detect import detect
+
+MODEL = "actor_rollout_ref.model.path"
+ROLLOUT = "actor_rollout_ref.rollout"
+
+
+def check_driver_config(config: Any) -> None:
+    """Check a job's config in the driver process; called before verl's own checks when the rollout is ours.
+
+    Raises:
+        SystemExit: with code 2, after a sentence for each problem on standard error.
+    """
+    problems = list(find_problems(config))
+    if not problems:
+        return
+    for problem in problems:
+        print(f"ascend_safe: {problem}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def find_problems(config: Any, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
+    """The problems of a job's config, one sentence each."""
+    yield from _options(config)
+    yield from _model(config)
+    yield from _lengths(config)
+    try:
+        facts = detect(environ)
+    except PlatformError as error:
+        yield str(error)
+        return
+    if _joins_a_cluster(config, environ):
+        # The driver's machine says nothing about the cluster's; verl checks its resources itself.
+        return
+    yield from _resources(config, facts)
+    yield from _policy(config, facts, environ)
+
+
+def _options(config: Any) -> Iterator[str]:
+    try:
+        AscendSafeOptions.from_rollout(config.actor_rollout_ref.rollout)
+    except OptionError as error:
+        yield str(error)
+
+
+def _model(config: Any) -> Iterator[str]:
+    path = str(config.actor_rollout_ref.model.path or "")
+    if not path:
+        yield f"{MODEL} is empty: give the folder of a Hugging Face checkpoint, or a name on the hub"
+    elif path.startswith(("/", ".", "~")):
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            yield f"{MODEL}={path} is not there: give the folder of a Hugging Face checkpoint, or a name on the hub"
+        elif not (folder / "config.json").is_file():
+            yield f"{MODEL}={path} has no config.json: it is not the folder of a Hugging Face checkpoint"
+
+
+def _lengths(config: Any) -> Iterator[str]:
+    rollout = config.actor_rollout_ref.rollout
+    prompt = _number(config.data.get("max_prompt_length"))
+    response = _number(config.data.get("max_response_length"))
+    if prompt is None or response is None:
+        return
+    limit, source = _number(rollout.get("max_model_len")), f"{ROLLOUT}.max_model_len"
+    if limit is None:
+        limit, source = _max_position_embeddings(config), f"max_position_embeddings of {MODEL}"
+    if limit is not None and prompt >= limit:
+        yield (
+            f"data.max_prompt_length={prompt} leaves no room to generate below {source}={limit}: lower the one or raise "
+            "the other"
+        )
+    elif limit is not None and prompt + response > limit:
+        yield (
+            f"data.max_prompt_length={prompt} and data.max_response_length={response} together exceed "
+            f"{source}={limit}: the longest prompts would be answered in fewer tokens than you ask for; lower one of "
+            "them or raise the limit"
+        )
+
+
+def _max_position_embeddings(config: Any) -> int | None:
+    file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
+    try:
+        return _number(json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings"))
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _joins_a_cluster(config: Any, environ: Mapping[str, str]) -> bool:
+    ray_init = config.get("ray_kwargs", {}).get("ray_init", {}) or {}
+    address = ray_init.get("address") or environ.get("RAY_ADDRESS") or "local"
+    if address != "local":
+        return True
+    ray = sys.modules.get("ray")
+    return bool(ray is not None and ray.is_initialized())
+
+
+def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
+    """Whether a Ray that is started here will have a device for each trainer worker."""
+    trainer = config.trainer
+    per_node, nodes = _number(trainer.get("n_gpus_per_node")) or 0, _number(trainer.get("nnodes")) or 1
+    wanted = per_node * nodes
+    ray_init = config.get("ray_kwargs", {}).get("ray_init", {}) or {}
+    if facts.ray_resource == "GPU":
+        offered, setting = ray_init.get("num_gpus"), "+ray_kwargs.ray_init.num_gpus"
+    else:
+        offered = (ray_init.get("resources") or {}).get(facts.ray_resource)
+        setting = f"+ray_kwargs.ray_init.resources.{facts.ray_resource}"
+    have = facts.device_count if offered is None else int(offered)
+    if facts.name == "cpu" and offered is None:
+        yield (
+            f"Ray has no resource {facts.ray_resource!r} on a machine without an accelerator, and verl asks for "
+            f"{wanted}: add {setting}={wanted} (logical slots), or use --config-name=ascend_safe, which sets what a "
+            "CPU needs; on a cluster, give its address"
+        )
+    elif have < wanted:
+        yield (
+            f"verl asks Ray for {wanted} {facts.ray_resource} (trainer.n_gpus_per_node={per_node} x "
+            f"trainer.nnodes={nodes}) and this machine offers {have}: lower trainer.n_gpus_per_node, or join a cluster "
+            "with ray_kwargs.ray_init.address"
+        )
+    if facts.name == "cpu" and trainer.get("device") != "cpu":
+        yield (
+            f"trainer.device={trainer.get('device')} on a machine without an accelerator: set trainer.device=cpu, or use "
+            "--config-name=ascend_safe; on a cluster, give its address"
+        )
+
+
+def _policy(config: Any, facts: PlatformFacts, environ: Mapping[str, str]) -> Iterator[str]:
+    rollout = config.actor_rollout_ref.rollout
+    try:
+        options = AscendSafeOptions.from_rollout(rollout)
+        policy.decide(
+            facts,
+            policy.Wishes(
+                enforce_eager=rollout.get("enforce_eager"),
+                enable_sleep_mode=bool(rollout.get("enable_sleep_mode", True)),
+                free_cache_engine=bool(rollout.get("free_cache_engine", True)),
+                kv_rung=options.kv_rung,
+                on_unsafe=options.on_unsafe,
+                expert_parallel_size=int(rollout.get("expert_parallel_size") or 1),
+                engine_kwargs=dict((rollout.get("engine_kwargs") or {}).get("vllm") or {}),
+                environ=environ,
+            ),
+        )
+    except OptionError:
+        return  # said by _options
+    except policy.PolicyError as error:
+        yield str(error)

@@ -1,0 +1,152 @@
+"""`ascend-safe`: what a person asks of this package at a prompt.
+
+Works on a broken installation too: nothing here imports torch, verl or vLLM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from typing import get_args
+
+from packaging.version import InvalidVersion, Version
+
+from verl_ascend_rollout import ROLLOUT_NAME, __version__
+from verl_ascend_rollout.options import KVRung, OnUnsafe
+from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, PlatformName, Soc
+from verl_ascend_rollout.platforms.detect import detect, planned
+from verl_ascend_rollout.platforms.npu import soc_of
+from verl_ascend_rollout.policy import Decisions, PolicyError, Wishes, decide, table
+
+NARROWEST_TABLE = 120
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit status: 0, 1 where the answer is that something cannot work, 2 for a command that is not understood.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        if arguments.command == "explain":
+            return _explain(arguments)
+    except SystemExit as stop:  # argparse's way out, also of --help and --version
+        return stop.code if isinstance(stop.code, int) else 2
+    except (PlatformError, PolicyError) as error:
+        print(f"ascend-safe: {error}", file=sys.stderr)
+        return 1
+    raise AssertionError(f"the command {arguments.command} has no code")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ascend-safe", description=f"Ask about the {ROLLOUT_NAME} rollout for verl, without starting anything."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    explain = commands.add_parser(
+        "explain",
+        help="what the rollout decides on this machine, or on one you plan, and why",
+        description="Print what was found on this machine, or said of one you plan with --platform, and what the "
+        "rollout decides there: each value with its reason, its source, and whether it was measured, read or inferred.",
+    )
+    explain.set_defaults(parser=explain)
+    machine = explain.add_argument_group("a machine that is only planned")
+    machine.add_argument(
+        "--platform", choices=get_args(PlatformName), help="decide for this platform, not for this machine"
+    )
+    machine.add_argument(
+        "--soc", type=_soc, metavar="SOC", help=f"its Ascend chip: {', '.join(get_args(Soc))}, or 910B3, ..."
+    )
+    machine.add_argument("--vllm", type=_version, metavar="VERSION", help="its version of vLLM")
+    machine.add_argument("--vllm-ascend", type=_version, metavar="VERSION", help="its version of vllm-ascend")
+    wishes = explain.add_argument_group("your settings, as in the rollout's configuration")
+    wishes.add_argument("--enforce-eager", choices=("true", "false", "auto"), default="auto")
+    wishes.add_argument("--enable-sleep-mode", choices=("true", "false"), default="true")
+    wishes.add_argument("--free-cache-engine", choices=("true", "false"), default="true")
+    wishes.add_argument("--kv-rung", choices=get_args(KVRung), default="auto")
+    wishes.add_argument("--on-unsafe", choices=get_args(OnUnsafe), default="keep")
+    wishes.add_argument("--expert-parallel-size", type=int, default=1, metavar="N")
+    wishes.add_argument("--lora", action="store_true", help="adapters are trained")
+    wishes.add_argument("--mtp", action="store_true", help="multi-token prediction drafts")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    facts = _facts(arguments)
+    wish = Wishes(
+        enforce_eager={"true": True, "false": False, "auto": None}[arguments.enforce_eager],
+        enable_sleep_mode=arguments.enable_sleep_mode == "true",
+        free_cache_engine=arguments.free_cache_engine == "true",
+        kv_rung=arguments.kv_rung,
+        on_unsafe=arguments.on_unsafe,
+        expert_parallel_size=arguments.expert_parallel_size,
+        lora=arguments.lora,
+        mtp=arguments.mtp,
+        # The environment of this prompt says nothing about a machine that is only planned.
+        environ={} if arguments.platform else dict(os.environ),
+    )
+    decisions = decide(facts, wish)
+    if arguments.json:
+        print(json.dumps({"platform": facts.as_dict(), "decisions": decisions.as_dicts()}, indent=2, default=str))
+    else:
+        print(_text(facts, decisions))
+    return 0
+
+
+def _facts(arguments: argparse.Namespace) -> PlatformFacts:
+    if arguments.platform is None:
+        for option in ("soc", "vllm", "vllm_ascend"):
+            if getattr(arguments, option) is not None:
+                arguments.parser.error(
+                    f"--{option.replace('_', '-')} describes a machine that is only planned: say --platform as well"
+                )
+        return detect(smi=True)
+    for option in ("soc", "vllm_ascend"):
+        if getattr(arguments, option) is not None and arguments.platform != "npu":
+            arguments.parser.error(f"--{option.replace('_', '-')} needs --platform npu, not {arguments.platform}")
+    versions = {"vllm": arguments.vllm, "vllm-ascend": arguments.vllm_ascend}
+    return planned(
+        arguments.platform, arguments.soc, {name: version for name, version in versions.items() if version is not None}
+    )
+
+
+def _text(facts: PlatformFacts, decisions: Decisions) -> str:
+    soc = f", SoC {facts.soc}" if facts.soc else ""
+    lines = [f"platform {facts.name} (verl's {facts.verl_name}){soc}"]
+    if facts.device_count:
+        lines[0] += f", devices for this process: {facts.device_count}"
+    lines += [f"  {sentence}" for sentence in facts.evidence]
+    if facts.versions:
+        lines.append("versions " + ", ".join(f"{name} {version}" for name, version in facts.versions.items()))
+    known = {True: "yes", False: "no", None: "not known"}
+    lines.append("abilities " + ", ".join(f"{name} {known[able]}" for name, able in facts.abilities.items()))
+    width = max(NARROWEST_TABLE, shutil.get_terminal_size((160, 24)).columns)
+    return "\n".join([*lines, "", table(decisions, width)])
+
+
+def _soc(text: str) -> Soc:
+    for soc in get_args(Soc):
+        if text.strip().upper() == soc:
+            found: Soc = soc
+            return found
+    chip = soc_of(text)
+    if chip is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no Ascend chip that is known here: say one of {', '.join(get_args(Soc))}, or the chip's name "
+            "as npu-smi has it (910B3)"
+        )
+    return chip
+
+
+def _version(text: str) -> str:
+    try:
+        Version(text)
+    except InvalidVersion:
+        raise argparse.ArgumentTypeError(f"{text!r} is no version: write it like 0.18.0") from None
+    return text

@@ -1,0 +1,317 @@
+"""`AscendSafeHttpServer`: the rollout server actor, which owns the engine's arguments and its sleep and wake-up.
+
+A subclass through the hooks that verl 0.9 offers.  What it adds: the policy's decisions before the engine starts; the
+KV-cache ladder where there is no sleep mode; and a refusal to generate after a step that left the engine in doubt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from verl.workers.rollout.replica import RolloutMode
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
+from verl_ascend_rollout import compat, events, policy
+from verl_ascend_rollout.options import KEY, AscendSafeOptions
+from verl_ascend_rollout.platforms.detect import detect
+
+logger = logging.getLogger("verl_ascend_rollout.server")
+
+WORKER_EXTENSION = "verl_ascend_rollout.worker.extension.AscendSafeWorkerExtension"
+
+SYNC_METHOD = "update_weights_from_ipc"
+
+
+class EngineInDoubtError(RuntimeError):
+    """The engine may hold half of a policy, or no KV cache: it generates nothing until the step has been repeated."""
+
+
+class UnsafeError(RuntimeError):
+    """Nothing safe gives the KV cache back here, and the user set `on_unsafe: error`."""
+
+
+class AscendSafeHttpServer(vLLMHttpServer):
+    """verl's vLLM server, with the KV cache and the engine's arguments decided by what is there."""
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # verl's hooks, in the order in which they are called
+
+    def _init_config(self, config: Any) -> Any:
+        """Read our options and let the policy decide what the user left open."""
+        compat.assert_intact()
+        config = super()._init_config(config)
+        self._options = AscendSafeOptions.from_rollout(config)
+        if self._options.events:
+            os.environ[events.EVENTS_VARIABLE] = os.path.abspath(self._options.events)
+        # verl 0.9.1 raises max_num_batched_tokens itself where chunked prefill is off, and its own config class then
+        # refuses the assignment: FrozenInstanceError (vllm_async_server.py:1119 against config/rollout.py:146-156).
+        object.__setattr__(config, "_mutable_fields", set(config._mutable_fields) | {"max_num_batched_tokens"})
+        self._in_doubt: str | None = None
+        self._rung: str = "keep"
+        return config
+
+    def _init_model_config(self, model_config: Any) -> Any:
+        model_config = super()._init_model_config(model_config)
+        # `lora_as_adapter` of verl's class wants both configs.
+        self.model_config = model_config
+        self._decide()
+        return model_config
+
+    def _decide(self) -> None:
+        config = self.config
+        self._facts = detect()
+        self._decisions = policy.decide(
+            self._facts,
+            policy.Wishes(
+                enforce_eager=config.enforce_eager,
+                enable_sleep_mode=bool(config.enable_sleep_mode),
+                free_cache_engine=bool(config.free_cache_engine),
+                kv_rung=self._options.kv_rung,
+                on_unsafe=self._options.on_unsafe,
+                expert_parallel_size=int(config.expert_parallel_size or 1),
+                lora=self.lora_as_adapter,
+                mtp=bool(config.mtp is not None and config.mtp.enable and config.mtp.enable_rollout),
+                engine_kwargs=dict((config.engine_kwargs or {}).get(self._get_engine_kwargs_key()) or {}),
+                environ=dict(os.environ),
+            ),
+        )
+        # The engine process is started with this environment, so vLLM reads it when it is imported there.
+        os.environ.update(self._decisions.environment)
+        for name in ("enforce_eager", "enable_sleep_mode"):
+            object.__setattr__(config, name, self._decisions[name].value)
+        self._rung = self._decisions["kv_rung"].value
+
+    def _preprocess_engine_kwargs(self, engine_kwargs: dict[str, Any]) -> None:
+        """Add what the policy decided to vLLM's arguments; what the user wrote there stays."""
+        super()._preprocess_engine_kwargs(engine_kwargs)
+        # What verl merges last would undo the decisions, which have already taken it into account.
+        engine_kwargs.pop("enforce_eager", None)
+        engine_kwargs.pop("enable_sleep_mode", None)
+        mode = self._decisions["cudagraph_mode"].value
+        if mode is not None:
+            compilation = engine_kwargs.get("compilation_config") or {}
+            compilation = dict(json.loads(compilation) if isinstance(compilation, str) else compilation)
+            engine_kwargs["compilation_config"] = {**compilation, "cudagraph_mode": mode}
+        extra = self._decisions.additional_config
+        if extra:
+            wished = engine_kwargs.get("additional_config") or {}
+            wished = dict(json.loads(wished) if isinstance(wished, str) else wished)
+            engine_kwargs["additional_config"] = {**extra, **wished}
+
+    def _resolve_sleep_level(self) -> int:
+        """The level that the policy decided, so that what runs is what `ascend-safe explain` prints."""
+        level = self._decisions["sleep_level"].value
+        return int(level) if level is not None else int(super()._resolve_sleep_level())
+
+    def _get_worker_extension_cls(self) -> str:
+        return WORKER_EXTENSION
+
+    async def run_server(self, args: Any) -> None:
+        """Start the engine, then hand the decisions to its workers and find the rung that works on each."""
+        started = time.perf_counter()
+        await super().run_server(args)
+        reports = await self.engine.collective_rpc(
+            "ascend_safe_configure",
+            kwargs={
+                "kv_rung": self._rung,
+                "weight_path": self._decisions["weight_path"].value,
+                "verify": self._options.verify,
+            },
+        )
+        rungs = {report["rung"] for report in reports}
+        # One rung for all: workers that free in different ways would not be asleep or awake together.
+        self._rung = rungs.pop() if len(rungs) == 1 else "keep"
+        obstacles = sorted({obstacle for report in reports for obstacle in report["obstacles"]})
+        if self.replica_rank == 0:
+            logger.info("Decisions for this engine:\n%s", policy.table(self._decisions))
+        logger.info(
+            "replica %d: KV cache of %d bytes on %d worker(s), rung %r%s",
+            self.replica_rank,
+            sum(report["kv_bytes"] for report in reports),
+            len(reports),
+            self._rung,
+            f" (not: {'; '.join(obstacles)})" if obstacles else "",
+        )
+        self._emit(
+            "decide",
+            time.perf_counter() - started,
+            {"decisions": self._decisions.as_dicts(), "rung": self._rung, "workers": reports},
+        )
+        if self._rung == "keep" and self.config.free_cache_engine:
+            self._say_unsafe(obstacles)
+
+    def _say_unsafe(self, obstacles: list[str]) -> None:
+        why = "; ".join(obstacles) or self._decisions["kv_rung"].reason
+        sentence = f"The KV cache's memory stays allocated during training: {why}"
+        if self._options.on_unsafe == "error":
+            raise UnsafeError(f"{sentence}; {KEY}.on_unsafe=error says to stop then")
+        logger.warning("%s. Set %s.on_unsafe=error to stop instead", sentence, KEY)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # sleep and wake-up
+
+    async def sleep(self) -> None:
+        """Give memory back, as far as it can be.  Requests that come in meanwhile wait; those in flight are aborted,
+        as verl's own sleep does it."""
+        if self._rung == "sleep":
+            await super().sleep()
+            return
+        if self.node_rank != 0 or not self.config.free_cache_engine or self.rollout_mode == RolloutMode.STANDALONE:
+            return
+        await self.free_cache_engine()
+
+    async def wake_up(self, tags: list[str] | None = None) -> None:
+        """Take memory back.  Weights are never given away without sleep mode, so waking them alone is nothing."""
+        if self._rung == "sleep":
+            await super().wake_up(tags=tags)
+            await self._reset_prefix_cache()
+            return
+        if self.node_rank != 0 or self.rollout_mode == RolloutMode.STANDALONE:
+            return
+        if tags is None or "kv_cache" in tags:
+            await self.init_cache_engine()
+
+    async def release_kv_cache(self) -> None:
+        """Give the KV cache's memory back for the time of a weight sync (trainer and rollout apart)."""
+        if self._rung == "sleep":
+            await super().release_kv_cache()
+        elif self._frees_kv_cache():
+            await self.free_cache_engine()
+
+    async def resume_kv_cache(self) -> None:
+        """Take it again after the sync."""
+        if self._rung == "sleep":
+            await super().resume_kv_cache()
+            await self._reset_prefix_cache()
+        elif self._frees_kv_cache():
+            await self.init_cache_engine()
+
+    def _frees_kv_cache(self) -> bool:
+        return (
+            self.node_rank == 0
+            and bool(self.config.free_cache_engine)
+            and self.rollout_mode != RolloutMode.COLOCATED
+        )
+
+    async def free_cache_engine(self) -> list[dict[str, Any]]:
+        """Pause the scheduler and give the KV cache's memory back.  Requests in flight are aborted; new ones wait.
+
+        Returns:
+            What each worker did (`KVCacheChange` as a mapping).  A second call changes nothing.
+        """
+        # Aborts what runs, and clears the prefix cache: the blocks that it names are about to go.
+        await self.engine.pause_generation(clear_cache=True)
+        return await self._kv_step("free_cache_engine")
+
+    async def init_cache_engine(self) -> list[dict[str, Any]]:
+        """Take the KV cache's memory again and let the scheduler go on.  A second call changes nothing.
+
+        Returns:
+            What each worker did (`KVCacheChange` as a mapping).
+
+        Raises:
+            EngineInDoubtError: the memory is not there; the message has the numbers, and what to lower.
+        """
+        changes = await self._kv_step("init_cache_engine")
+        await self._reset_prefix_cache()
+        await self.engine.resume_generation()
+        return changes
+
+    async def _kv_step(self, method: str) -> list[dict[str, Any]]:
+        try:
+            changes: list[dict[str, Any]] = await self.engine.collective_rpc(method)
+        except Exception as error:
+            self._in_doubt = f"{method} failed: {error}"
+            raise EngineInDoubtError(self._in_doubt) from error
+        for rank, change in enumerate(changes):
+            logger.info("replica %d, worker %d: %s", self.replica_rank, rank, _sentence(change))
+        return changes
+
+    async def _reset_prefix_cache(self) -> None:
+        """Forget the cached blocks: their contents are gone.  Not being able to is an error, since a later request
+        would be answered from them."""
+        if not await self.engine.reset_prefix_cache(reset_connector=True):
+            self._in_doubt = "the prefix cache could not be reset after the KV cache was made again"
+            raise EngineInDoubtError(
+                f"{self._in_doubt}: a request still holds blocks; abort all requests before the wake-up"
+            )
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # weights and generation
+
+    async def collective_rpc(
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Call a method on every worker.  A weight sync that fails puts the engine in doubt until one has passed."""
+        if method != SYNC_METHOD:
+            await super().collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
+            return
+        started = time.perf_counter()
+        try:
+            await super().collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
+        except asyncio.CancelledError:
+            self._in_doubt = "the last weight sync was broken off"
+            raise
+        except Exception as error:
+            self._in_doubt = f"the last weight sync failed: {error}"
+            raise
+        self._in_doubt = None
+        self._emit("sync", time.perf_counter() - started, {})
+
+    async def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, unless the engine is in doubt.
+
+        Raises:
+            EngineInDoubtError: with the step that failed.
+            ValueError: the prompt leaves no room below max_model_len (verl's own check).
+        """
+        if self._in_doubt is not None:
+            raise EngineInDoubtError(
+                f"This rollout engine refuses to generate: {self._in_doubt}. A full weight sync that passes, and a KV "
+                "cache that is there, end this"
+            )
+        return await super().generate(*args, **kwargs)
+
+    async def memory(self) -> list[dict[str, int]]:
+        """Bytes of KV cache and resident memory of each worker: `kv_bytes`, `rss`, `pid`."""
+        reports: list[dict[str, int]] = await self.engine.collective_rpc("ascend_safe_memory")
+        return reports
+
+    def explain(self) -> dict[str, Any]:
+        """What was decided for this engine, as plain values: `facts`, `decisions`, `options`, `rung`."""
+        return {
+            "facts": dataclasses.asdict(self._facts),
+            "decisions": self._decisions.as_dicts(),
+            "options": self._options.as_dict(),
+            "rung": self._rung,
+        }
+
+    def _emit(self, step: str, seconds: float, detail: dict[str, Any]) -> None:
+        events.emit(
+            events.Event(
+                step=step, process="server", seconds=seconds, detail={"replica": self.replica_rank, **detail}
+            )
+        )
+
+
+def _sentence(change: Mapping[str, Any]) -> str:
+    """A `KVCacheChange` for the log."""
+    if not change["changed"]:
+        return f"{change['action']}: nothing to do ({change['reason']})"
+    mebibytes = abs(change["bytes_after"] - change["bytes_before"]) / 2**20
+    resident = (change["rss_after"] - change["rss_before"]) / 2**20
+    return (
+        f"{change['action']} by {change['rung']}: {mebibytes:.0f} MiB of KV cache, resident memory {resident:+.0f} MiB, "
+        f"{change['seconds'] * 1000:.0f} ms"
+    )

@@ -1,0 +1,86 @@
+"""The manifest of a weight sync: every name that should come, did come, and only once.
+
+Every mismatch is collected, and one error lists them all: a job that dies of a bad sync should die with the whole
+reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+LISTED = 8
+"""How many names of each kind an error lists before it counts the rest."""
+
+
+class WeightSyncError(RuntimeError):
+    """A weight sync did not bring the model that this engine serves; the engine must not generate until one does."""
+
+
+@dataclass
+class Manifest:
+    """What one sync should bring and what it has brought.
+
+    Attributes:
+        complete: whether parameters that never came are an error in this sync (free: names are counted anyway).
+        finite: whether values that are NaN or Inf are an error in this sync (reads every byte once).
+        sync: the number of the sync, from 1, for messages.
+        names: names received, each with the bytes of its tensor.
+    """
+
+    complete: bool = True
+    finite: bool = True
+    sync: int = 1
+    names: dict[str, int] = field(default_factory=dict)
+    _duplicates: list[str] = field(default_factory=list)
+    _not_finite: list[str] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes received."""
+        return sum(self.names.values())
+
+    def receive(self, name: str, tensor: torch.Tensor) -> bool:
+        """Note a tensor that came; say whether to load it (a duplicate is noted and not loaded)."""
+        if name in self.names:
+            self._duplicates.append(name)
+            return False
+        self.names[name] = tensor.nbytes
+        if self.finite and tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            # A NaN or Inf anywhere makes the sum one; a sum that overflows by itself is worth the closer look.
+            if not bool(torch.isfinite(tensor).all()):
+                self._not_finite.append(name)
+        return True
+
+    def check(self, missing: list[str]) -> None:
+        """Raise if the sync was not the whole model.
+
+        Args:
+            missing: the model's own names of parameters that nothing was loaded into.
+
+        Raises:
+            WeightSyncError: listing missing, duplicate and not-finite tensors, all at once.
+        """
+        if not self.complete:
+            missing = []
+        findings = [
+            _list_names("missing from the stream", missing),
+            _list_names("sent more than once", self._duplicates),
+            _list_names("holding NaN or Inf", self._not_finite),
+        ]
+        found = [finding for finding in findings if finding]
+        if found:
+            raise WeightSyncError(
+                f"Weight sync {self.sync} ({len(self.names)} tensors, {self.bytes} bytes) is not the whole model: "
+                + "; ".join(found)
+                + ". The engine generates nothing until a full sync has passed"
+            )
+
+
+def _list_names(what: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"{len(names)} parameters {what}: {', '.join(names[:LISTED])}{more}"
