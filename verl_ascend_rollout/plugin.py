@@ -195,8 +195,19 @@ def _load_replica() -> Any:
 
 
 def _listen() -> None:
-    """Let our INFO lines be seen: verl sets the root logger to WARNING (verl 0.9.1, verl/__init__.py:47)."""
+    """Let our INFO lines be seen in every process.
+
+    verl sets the root logger to WARNING (verl 0.9.1, verl/__init__.py:47), and importing vLLM's server raises the root
+    handler to ERROR; so our lines go to standard error wherever no root handler would show them.
+    """
     logger.setLevel(os.environ.get("ASCEND_SAFE_LOGGING_LEVEL", "INFO").upper())
+    if any(handler.name == __name__ for handler in logger.handlers):
+        return
+    handler = logging.StreamHandler()
+    handler.name = __name__
+    handler.setFormatter(logging.Formatter("%(levelname)s:%(asctime)s:%(message)s"))
+    handler.addFilter(lambda record: not any(shown.level <= record.levelno for shown in logging.root.handlers))
+    logger.addHandler(handler)
 
 
 def _process_name() -> str:

@@ -206,16 +206,14 @@ def _detected_platform() -> str:
     except PlatformError as error:
         raise ConfigCompositionException(str(error)) from None
     if name == "cpu" and not os.environ.get(OVERRIDE):
-        _warn_of_cpu(OVERRIDE)
+        _warn_of_cpu()
     return name
 
 
 @functools.cache  # hydra loads the config of a run more than once
-def _warn_of_cpu(variable: str) -> None:
-    # verl fixes its platform while it is imported, before it reads a config, and takes a machine without an
-    # accelerator for the head node of a GPU cluster (verl 0.9.1, plugin/platform/platform_manager.py:104).
+def _warn_of_cpu() -> None:
+    # Nobody asked for the CPU, and the driver of a cluster may sit on a node without an accelerator.
     logger.warning(
-        "platform=auto found no accelerator that can be used here and took platform=cpu; verl takes the CPU only with "
-        "%s=cpu in the environment: export it, or say platform=cuda or platform=npu on the head node of a cluster.",
-        variable,
+        "platform=auto found no accelerator that can be used here and takes the CPU: on the head node of a cluster of "
+        "GPUs or NPUs say platform=cuda or platform=npu."
     )

@@ -404,9 +404,9 @@ class Family:
         """End every process and remove its segments.
 
         Args:
-            first: the process that gets a SIGTERM and `patience` seconds to end the others itself, as Ray's driver
+            first: the process that gets a SIGTERM, and `patience` seconds to end the others itself, as Ray's driver
                 does; `None` where it has ended already.
-            patience: seconds that the rest has before it is ended, too.
+            patience: see there.  Whatever is left 3 seconds after `first` has gone is ended by us.
 
         Returns:
             How many processes had to be ended.
@@ -414,15 +414,15 @@ class Family:
         self.note_segments()
         if first is not None and first.poll() is None:
             first.terminate()
-        deadline = time.monotonic() + patience
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                first.wait(patience)
+        deadline = time.monotonic() + 3
         while (left := self.members()) and time.monotonic() < deadline:
-            if first is not None:
-                first.poll()
             time.sleep(0.1)
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.terminate()
-        psutil.wait_procs(left, timeout=3)
+        psutil.wait_procs(left, timeout=2)
         # A resource tracker ends by itself, after it has removed the segments of the processes that it watched.
         for spare in (True, False):
             killed = []
@@ -528,7 +528,7 @@ def train(options: argparse.Namespace, out: Path, family: Family, screen: Screen
         with _deaf():
             ended = family.end(process if process.poll() is None else None, patience=10)
     if ended and outcome.exit_code == 0:
-        screen.line(f"           {ended} process(es) outlived the training by 10 s and were ended")
+        screen.line(f"           {ended} process(es) outlived the training by 3 s and were ended")
     return outcome
 
 

@@ -148,7 +148,7 @@ OTHER_USES = (
         "workers/rollout/vllm_rollout/vllm_rollout.py",
         "ServerAdapter._get_server_name_prefix",
         1,
-        "the default for a config without a name; ours has one",
+        "overridden: the actor's name starts with ascend_safe_",
     ),
 )
 """Every other "vllm", and every name that is put together from "vllm_" (Ray actors)."""
@@ -208,7 +208,7 @@ NAME_READS = (
         "workers/rollout/vllm_rollout/vllm_rollout.py",
         "ServerAdapter._get_server_name_prefix",
         1,
-        "inherited: the actor's name starts with ascend_safe_",
+        "overridden: the actor's name starts with ascend_safe_",
     ),
 )
 """Where verl 0.9.1 reads the name of a rollout's config."""
@@ -740,6 +740,7 @@ def test_the_prefill_decode_replica_is_ours() -> None:
     from verl.workers.rollout.replica import get_rollout_replica_class
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
     from verl.workers.rollout.vllm_rollout.vllm_pd_replica import vLLMPDReplica
+
     from verl_ascend_rollout.server.replica import AscendSafePDReplica, AscendSafeReplica
 
     assert get_rollout_replica_class(ROLLOUT_NAME) is AscendSafeReplica
@@ -753,6 +754,7 @@ def test_the_prefill_decode_replica_is_ours() -> None:
 
 def test_engine_kwargs_for_vllm_stay_valid() -> None:
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
     from verl_ascend_rollout.server.http_server import AscendSafeHttpServer
 
     assert issubclass(AscendSafeHttpServer, vLLMHttpServer)
@@ -794,6 +796,7 @@ def launched_names(replica: Any, nodes: int = 1) -> list[str]:
 def asked_names(config: Any, ranks: int, per_node: int, rank: Callable[..., None], monkeypatch: Any) -> list[str]:
     """The Ray actor names that the adapters of `ranks` trainer processes look for."""
     import ray
+
     from verl_ascend_rollout.trainer.adapter import AscendSafeServerAdapter
 
     names: list[str] = []
