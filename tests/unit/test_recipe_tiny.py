@@ -256,6 +256,7 @@ def test_last_error_is_the_cause_without_rays_prefix() -> None:
     assert demo.last_error(log) == "RuntimeError: no place for it"
     assert demo.log_tail(log, lines=1) == ["bye"]
     assert demo.last_error("all is well\n") is None
+    assert demo.last_error("ValueError: first\nascend_safe: no model there\n") == "no model there"
 
 
 def test_plot_is_written(tmp_path: Path) -> None:
