@@ -6,6 +6,7 @@ has given to pip once would be ignored.
 
 from __future__ import annotations
 
+import ast
 import shlex
 import subprocess
 import sys
@@ -16,19 +17,26 @@ VARIABLES = {
     "find-links": ("UV_FIND_LINKS", ","),
     "cert": ("SSL_CERT_FILE", ""),
 }
+"""pip's settings, each with uv's variable for it and what that variable has between several values."""
+
+SECTIONS = (":env:", "install", "global")
 
 
 def settings(listing: str) -> dict[str, str]:
-    """uv's variables for the output of `pip config list`; what pip's environment variables say goes first."""
+    """uv's variables for the output of `pip config list`.
+
+    As in pip, its environment variables go before its files, and there the section [install] before [global].
+    """
     found: dict[str, str] = {}
-    for line in sorted(listing.splitlines(), key=lambda line: not line.startswith(":env:")):
-        name, _, value = line.partition("=")
-        variable, separator = VARIABLES.get(name.rpartition(".")[2], ("", ""))
-        if not variable or variable in found:
-            continue
-        # Quoted by pip as a Python string; several values stand on lines or between spaces.
-        values = " ".join(shlex.split(value)).split()
-        found[variable] = separator.join(values) if separator else " ".join(values)
+    for section in SECTIONS:
+        for line in listing.splitlines():
+            name, _, value = line.partition("=")
+            variable, separator = VARIABLES.get(name.removeprefix(f"{section}."), ("", ""))
+            if not variable or variable in found:
+                continue
+            # pip writes the value as a Python string; several stand on lines or between spaces.
+            text = str(ast.literal_eval(value))
+            found[variable] = separator.join(text.split()) if separator else text
     if "UV_INDEX" in found:
         # As pip does it: a package may come from any index that has it, not from the first that has the name.
         found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
@@ -37,7 +45,9 @@ def settings(listing: str) -> dict[str, str]:
 
 def main() -> None:
     """Ask the pip of this interpreter."""
-    listing = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    )
     for variable, value in settings(listing.stdout).items():
         print(f"export {variable}={shlex.quote(value)};")
 

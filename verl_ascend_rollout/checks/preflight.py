@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from verl_ascend_rollout import policy
+from verl_ascend_rollout import compat, policy
 from verl_ascend_rollout.options import AscendSafeOptions, OptionError
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts
 from verl_ascend_rollout.platforms.detect import detect
@@ -37,7 +37,9 @@ def check_driver_config(config: Any) -> None:
 
 
 def find_problems(config: Any, environ: Mapping[str, str] = os.environ) -> Iterator[str]:
-    """The problems of a job's config, one sentence each."""
+    """The problems of a job's config, one sentence each; first those of the installed verl itself."""
+    for problem in compat.problems():
+        yield f"{problem}: {compat.WHAT_TO_DO}"
     yield from _options(config)
     yield from _model(config)
     yield from _lengths(config)
@@ -46,8 +48,12 @@ def find_problems(config: Any, environ: Mapping[str, str] = os.environ) -> Itera
     except PlatformError as error:
         yield str(error)
         return
-    if _joins_a_cluster(config, environ):
-        # The driver's machine says nothing about the cluster's; verl checks its resources itself.
+    # The driver's machine says nothing about a cluster's; verl checks a cluster's resources itself.
+    if _ray_is_up():
+        return
+    cluster = _cluster(config, environ)
+    if cluster is not None:
+        yield from _cluster_settings(config, cluster)
         return
     yield from _resources(config, facts)
     yield from _policy(config, facts, environ)
@@ -64,7 +70,8 @@ def _model(config: Any) -> Iterator[str]:
     path = str(config.actor_rollout_ref.model.path or "")
     if not path:
         yield f"{MODEL} is empty: give the folder of a Hugging Face checkpoint, or a name on the hub"
-    elif path.startswith(("/", ".", "~")):
+    elif path.startswith(("/", ".", "~")) or (path.count("/") > 1 and "://" not in path):
+        # A name on the hub has one slash at most; hdfs:// and the like are verl's to fetch.
         folder = Path(path).expanduser()
         if not folder.is_dir():
             yield f"{MODEL}={path} is not there: give the folder of a Hugging Face checkpoint, or a name on the hub"
@@ -83,8 +90,8 @@ def _lengths(config: Any) -> Iterator[str]:
         limit, source = _max_position_embeddings(config), f"max_position_embeddings of {MODEL}"
     if limit is not None and prompt >= limit:
         yield (
-            f"data.max_prompt_length={prompt} leaves no room to generate below {source}={limit}: lower the one or raise "
-            "the other"
+            f"data.max_prompt_length={prompt} leaves no room to generate below {source}={limit}: lower the one or "
+            "raise the other"
         )
     elif limit is not None and prompt + response > limit:
         yield (
@@ -106,43 +113,88 @@ def _number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _joins_a_cluster(config: Any, environ: Mapping[str, str]) -> bool:
-    ray_init = config.get("ray_kwargs", {}).get("ray_init", {}) or {}
-    address = ray_init.get("address") or environ.get("RAY_ADDRESS") or "local"
-    if address != "local":
-        return True
+def _ray_init(config: Any) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = (config.get("ray_kwargs") or {}).get("ray_init") or {}
+    return found
+
+
+def _ray_is_up() -> bool:
+    """Whether this process has joined a cluster already; verl then calls no `ray.init` (main_ppo.py:55)."""
     ray = sys.modules.get("ray")
     return bool(ray is not None and ray.is_initialized())
+
+
+def _cluster(config: Any, environ: Mapping[str, str]) -> str | None:
+    """The running cluster that the job will join, as words for a sentence; `None` where Ray is started for the job.
+
+    Decided as Ray does it (ray 2.60, _private/services.py:413): the address, else RAY_ADDRESS, else the cluster that
+    `ray start` has noted on this machine.
+    """
+    ray_init = _ray_init(config)
+    address = ray_init.get("address")
+    if address in (None, "auto"):
+        if environ.get("RAY_ADDRESS"):
+            address = environ["RAY_ADDRESS"]
+        else:
+            folder = ray_init.get("_temp_dir") or Path(
+                environ.get("RAY_TMPDIR") or environ.get("TMPDIR") or "/tmp", "ray"
+            )
+            note = Path(folder, "ray_current_cluster")
+            if note.is_file():
+                return f"the Ray cluster of this machine ({note} names it)"
+    return None if address in (None, "local") else f"the Ray cluster at {address}"
+
+
+def _cluster_settings(config: Any, cluster: str) -> Iterator[str]:
+    """What `ray.init` refuses where it joins a cluster (ray 2.60, _private/worker.py:1935)."""
+    ray_init = _ray_init(config)
+    given = [name for name in ("num_cpus", "num_gpus", "resources") if ray_init.get(name) is not None]
+    if given:
+        settings = ", ".join(f"ray_kwargs.ray_init.{name}" for name in given)
+        yield (
+            f"the job would join {cluster}, where Ray takes no {settings}: set to null what it does not take, or say "
+            "+ray_kwargs.ray_init.address=local to start a Ray for this job"
+        )
 
 
 def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
     """Whether a Ray that is started here will have a device for each trainer worker."""
     trainer = config.trainer
-    per_node, nodes = _number(trainer.get("n_gpus_per_node")) or 0, _number(trainer.get("nnodes")) or 1
+    per_node, nodes = _number(trainer.get("n_gpus_per_node")), _number(trainer.get("nnodes"))
+    if per_node is None or nodes is None:
+        yield (
+            f"trainer.n_gpus_per_node={trainer.get('n_gpus_per_node')} and trainer.nnodes={trainer.get('nnodes')} must "
+            "be whole numbers: how many trainer workers a node has, and how many nodes there are"
+        )
+        return
     wanted = per_node * nodes
-    ray_init = config.get("ray_kwargs", {}).get("ray_init", {}) or {}
+    ray_init = _ray_init(config)
     if facts.ray_resource == "GPU":
-        offered, setting = ray_init.get("num_gpus"), "+ray_kwargs.ray_init.num_gpus"
+        offered, setting = ray_init.get("num_gpus"), "ray_kwargs.ray_init.num_gpus"
     else:
         offered = (ray_init.get("resources") or {}).get(facts.ray_resource)
-        setting = f"+ray_kwargs.ray_init.resources.{facts.ray_resource}"
-    have = facts.device_count if offered is None else int(offered)
+        setting = f"ray_kwargs.ray_init.resources.{facts.ray_resource}"
+    if offered is not None and (isinstance(offered, bool) or not isinstance(offered, int | float)):
+        yield f"{setting}={offered} must be a number: how many devices Ray offers to this job"
+        return
+    have = facts.device_count if offered is None else offered
     if facts.name == "cpu" and offered is None:
         yield (
             f"Ray has no resource {facts.ray_resource!r} on a machine without an accelerator, and verl asks for "
-            f"{wanted}: add {setting}={wanted} (logical slots), or use --config-name=ascend_safe, which sets what a "
+            f"{wanted}: add +{setting}={wanted} (logical slots), or use --config-name=ascend_safe, which sets what a "
             "CPU needs; on a cluster, give its address"
         )
     elif have < wanted:
         yield (
             f"verl asks Ray for {wanted} {facts.ray_resource} (trainer.n_gpus_per_node={per_node} x "
-            f"trainer.nnodes={nodes}) and this machine offers {have}: lower trainer.n_gpus_per_node, or join a cluster "
-            "with ray_kwargs.ray_init.address"
+            f"trainer.nnodes={nodes}) and this machine offers {have}"
+            + ("" if offered is None else f" ({setting})")
+            + ": lower trainer.n_gpus_per_node, or join a cluster with ray_kwargs.ray_init.address"
         )
     if facts.name == "cpu" and trainer.get("device") != "cpu":
         yield (
-            f"trainer.device={trainer.get('device')} on a machine without an accelerator: set trainer.device=cpu, or use "
-            "--config-name=ascend_safe; on a cluster, give its address"
+            f"trainer.device={trainer.get('device')} on a machine without an accelerator: set trainer.device=cpu, or "
+            "use --config-name=ascend_safe; on a cluster, give its address"
         )
 
 

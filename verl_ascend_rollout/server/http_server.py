@@ -53,7 +53,9 @@ class AscendSafeHttpServer(vLLMHttpServer):
         # verl 0.9.1 raises max_num_batched_tokens itself where chunked prefill is off, and its own config class then
         # refuses the assignment: FrozenInstanceError (vllm_async_server.py:1119 against config/rollout.py:146-156).
         object.__setattr__(config, "_mutable_fields", set(config._mutable_fields) | {"max_num_batched_tokens"})
-        self._in_doubt: str | None = None
+        # What left the engine in doubt, by what it is about: "weights" or "KV cache".
+        self._doubts: dict[str, str] = {}
+        self._paused_for_sync = False
         self._rung: str = "keep"
         return config
 
@@ -217,10 +219,15 @@ class AscendSafeHttpServer(vLLMHttpServer):
             What each worker did (`KVCacheChange` as a mapping).
 
         Raises:
-            EngineInDoubtError: the memory is not there; the message has the numbers, and what to lower.
+            EngineInDoubtError: the memory is not there (the message has the numbers, and what to lower), or the last
+                weight sync failed: the scheduler must not go on then.
         """
+        if "weights" in self._doubts:
+            raise EngineInDoubtError(f"The KV cache is not made again: {self._doubts['weights']}")
         changes = await self._kv_step("init_cache_engine")
-        await self._reset_prefix_cache()
+        if any(change["changed"] for change in changes):
+            await self._reset_prefix_cache()
+        self._doubts.pop("KV cache", None)
         await self.engine.resume_generation()
         return changes
 
@@ -228,8 +235,8 @@ class AscendSafeHttpServer(vLLMHttpServer):
         try:
             changes: list[dict[str, Any]] = await self.engine.collective_rpc(method)
         except Exception as error:
-            self._in_doubt = f"{method} failed: {error}"
-            raise EngineInDoubtError(self._in_doubt) from error
+            self._doubts["KV cache"] = f"{method} failed: {error}"
+            raise EngineInDoubtError(self._doubts["KV cache"]) from error
         for rank, change in enumerate(changes):
             logger.info("replica %d, worker %d: %s", self.replica_rank, rank, _sentence(change))
         return changes
@@ -238,10 +245,11 @@ class AscendSafeHttpServer(vLLMHttpServer):
         """Forget the cached blocks: their contents are gone.  Not being able to is an error, since a later request
         would be answered from them."""
         if not await self.engine.reset_prefix_cache(reset_connector=True):
-            self._in_doubt = "the prefix cache could not be reset after the KV cache was made again"
-            raise EngineInDoubtError(
-                f"{self._in_doubt}: a request still holds blocks; abort all requests before the wake-up"
+            self._doubts["KV cache"] = (
+                "the prefix cache could not be reset after the KV cache was made again: a request still holds blocks; "
+                "abort all requests before the wake-up"
             )
+            raise EngineInDoubtError(self._doubts["KV cache"])
 
     # ----------------------------------------------------------------------------------------------------------------
     # weights and generation
@@ -258,15 +266,22 @@ class AscendSafeHttpServer(vLLMHttpServer):
             await super().collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
             return
         started = time.perf_counter()
+        # A scheduler that went on after a failed sync would run requests in flight on half of a model.
+        if not await self.engine.is_paused():
+            await self.engine.pause_generation(mode="keep", clear_cache=False)
+            self._paused_for_sync = True
         try:
             await super().collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
         except asyncio.CancelledError:
-            self._in_doubt = "the last weight sync was broken off"
+            self._doubts["weights"] = "the last weight sync was broken off"
             raise
         except Exception as error:
-            self._in_doubt = f"the last weight sync failed: {error}"
+            self._doubts["weights"] = f"the last weight sync failed: {error}"
             raise
-        self._in_doubt = None
+        self._doubts.pop("weights", None)
+        if self._paused_for_sync:
+            self._paused_for_sync = False
+            await self.engine.resume_generation()
         self._emit("sync", time.perf_counter() - started, {})
 
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -276,9 +291,9 @@ class AscendSafeHttpServer(vLLMHttpServer):
             EngineInDoubtError: with the step that failed.
             ValueError: the prompt leaves no room below max_model_len (verl's own check).
         """
-        if self._in_doubt is not None:
+        if self._doubts:
             raise EngineInDoubtError(
-                f"This rollout engine refuses to generate: {self._in_doubt}. A full weight sync that passes, and a KV "
+                f"This rollout engine refuses to generate: {'; '.join(self._doubts.values())}. A full weight sync that passes, and a KV "
                 "cache that is there, end this"
             )
         return await super().generate(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator
 from typing import Any
@@ -57,7 +58,14 @@ class AscendSafeServerAdapter(ServerAdapter):
             use_shm=self.use_shm,
             receiver=receiver,
         )
-        await sender.async_send_weights(weights)
+        try:
+            await sender.async_send_weights(weights)
+        except Exception:
+            # The sender's error is the cause; but the server must know that the sync failed before anyone goes on.
+            if receiver is not None:
+                with contextlib.suppress(Exception):
+                    await receiver
+            raise
         if receiver is not None:
             await receiver
         # Blocks that were computed with the old weights must not answer for the new ones.

@@ -8,7 +8,9 @@ platform_npu.py:37: the key is `huawei`), so the run stops with "Unknown platfor
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +19,9 @@ from typing import Any
 VARIABLE = "VERL_PLATFORM"
 """verl's own variable for the platform (verl 0.9.1, plugin/platform/platform_manager.py:90)."""
 
-ALIASES = {"npu": "huawei", "cuda": "nvidia"}
-"""The device names that users (and verl's documentation) write, and the keys that verl 0.9.1 registers."""
+ALIASES = {"npu": "huawei", "ascend": "huawei", "cuda": "nvidia", "gpu": "nvidia", "rocm": "amd"}
+"""The names that users (and verl's documentation) write, and the keys that verl 0.9.1 registers: the same names as
+`platforms.detect` takes, so that a name which one of the two knows is known to the other."""
 
 
 def register() -> str:
@@ -30,6 +33,7 @@ def register() -> str:
     import wrapt
 
     wrapt.register_post_import_hook(_register_platforms, "verl.plugin.platform.platform_manager")
+    wrapt.register_post_import_hook(_explain_missing_npu, "verl.plugin.platform.platform_manager")
     wrapt.register_post_import_hook(_keep_device_cpu, "verl.utils.device")
     if is_chosen():
         wrapt.register_post_import_hook(_use_one_gloo_group, "verl.utils.distributed")
@@ -53,6 +57,40 @@ def _register_platforms(manager: Any) -> None:
         if known is not None and registry.get(alias) is None:
             # After verl's own names: verl probes the platforms in this order, and takes the first that is there.
             registry._platforms[alias] = known
+
+
+def _explain_missing_npu(manager: Any) -> None:
+    """Say what is missing where VERL_PLATFORM asks for an NPU and torch has none.
+
+    verl 0.9.1 reads `torch.npu` unasked (plugin/platform/platform_npu.py:58), while it is imported by its entry point:
+    "module 'torch' has no attribute 'npu'" below a traceback.
+    """
+    original = getattr(manager, "_create_platform", None)
+    if original is None or getattr(original, "_ascend_safe_patched", False):
+        return
+
+    @functools.wraps(original)
+    def _create_platform(name: str) -> Any:
+        if ALIASES.get(name, name) == "huawei" and not hasattr(sys.modules["torch"], "npu"):
+            _stop_without_npu(name)
+        return original(name)
+
+    _create_platform._ascend_safe_patched = True  # type: ignore[attr-defined]
+    manager._create_platform = _create_platform
+
+
+def _stop_without_npu(name: str) -> None:
+    installed = importlib.util.find_spec("torch_npu") is not None
+    sentence = f"{VARIABLE}={name} asks for an Ascend NPU, and torch has none here, since torch-npu " + (
+        "cannot be imported: `python -c 'import torch_npu'` shows why"
+        if installed
+        else f"is not installed: install it (vllm-ascend's image has it), or set {VARIABLE} to what this machine has"
+    )
+    # An actor that exits takes its reason with it; an exception reaches the driver.
+    if "RAY_RAYLET_PID" in os.environ:
+        raise RuntimeError(sentence)
+    print(f"ascend_safe: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _keep_device_cpu(device: Any) -> None:
@@ -131,6 +169,7 @@ def device_module() -> types.ModuleType:
         max_memory_allocated=resident,
         max_memory_reserved=resident,
         reset_peak_memory_stats=nothing,
+        set_per_process_memory_fraction=nothing,
         mem_get_info=mem_get_info,
         get_rng_state=lambda _device=None: torch.get_rng_state(),
         set_rng_state=lambda state, _device=None: torch.set_rng_state(state),
@@ -153,7 +192,7 @@ def _current_device() -> Any:
 def _platform_class(base: Any) -> type[Any]:
     """The class, made late because its base is verl's."""
 
-    class PlatformCPU(base):  # type: ignore[misc]
+    class PlatformCPU(base):
         """verl's platform interface on a CPU: gloo, no IPC, and Ray's logical GPUs as slots for workers."""
 
         device_name = "cpu"

@@ -8,9 +8,11 @@ ended.
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import Any
 
 import ray
+import torch
 import zmq
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
 
@@ -22,23 +24,31 @@ class ReceiverGoneError(RuntimeError):
 
 
 class _WatchfulSocket:
-    """A ZeroMQ socket whose `recv` ends when the receiving call has ended."""
+    """A ZeroMQ socket whose `send_pyobj` and `recv` end when the receiving call has ended."""
 
     def __init__(self, socket: Any, receiver: Any) -> None:
         self._socket = socket
         self._receiver = receiver
 
+    def send_pyobj(self, message: Any) -> None:
+        # Blocks as long as nobody has connected: for ever, if the worker died first.
+        self._wait_for(zmq.POLLOUT)
+        self._socket.send_pyobj(message)
+
     def recv(self) -> Any:
-        while not self._socket.poll(SLICE_MILLISECONDS):
+        self._wait_for(zmq.POLLIN)
+        return self._socket.recv()
+
+    def _wait_for(self, event: int) -> None:
+        while not self._socket.poll(SLICE_MILLISECONDS, event):
             if not ray.wait([self._receiver], timeout=0)[0]:
                 continue
             # The call is over: its own error is the one to show.
             ray.get(self._receiver)
-            if not self._socket.poll(SLICE_MILLISECONDS):
+            if not self._socket.poll(SLICE_MILLISECONDS, event):
                 raise ReceiverGoneError(
                     "The rollout worker ended its weight sync before all weights had been sent; see its log"
                 )
-        return self._socket.recv()
 
     def close(self) -> None:
         # What was not delivered to a dead receiver must not keep the process alive.
@@ -61,7 +71,35 @@ class WatchfulWeightSender(BucketedWeightSender):
         super().__init__(*args, **kwargs)
         self._receiver = receiver
 
+    async def async_send_weights(self, weights: Any) -> None:
+        """Send (name, tensor) pairs, from an iterator or an asynchronous one.
+
+        Raises:
+            ValueError: a name came twice.  In one bucket the second tensor would take the first one's place unseen.
+            Exception: whatever the iterator raised.  The receiver is told that the stream has ended before that, or
+                it would wait for the next bucket for ever.
+        """
+        failures: list[Exception] = []
+        await super().async_send_weights(_until_it_fails(weights, failures))
+        if failures:
+            raise failures[0]
+
     def _init_socket(self) -> None:
         super()._init_socket()
         if self._receiver is not None and isinstance(self.socket, zmq.Socket):
             self.socket = _WatchfulSocket(self.socket, self._receiver)
+
+
+async def _until_it_fails(weights: Any, failures: list[Exception]) -> AsyncIterator[tuple[str, torch.Tensor]]:
+    """The stream up to its end or its first failure, which is noted."""
+    from verl.workers.rollout.utils import ensure_async_iterator
+
+    sent = set()
+    try:
+        async for name, tensor in ensure_async_iterator(weights):
+            if name in sent:
+                raise ValueError(f"The trainer's weights hold {name} more than once: nothing says which one is right")
+            sent.add(name)
+            yield name, tensor
+    except Exception as error:
+        failures.append(error)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from verl_ascend_rollout import events
+from verl_ascend_rollout import events, plugin
 from verl_ascend_rollout.worker import kv_cache
 from verl_ascend_rollout.worker.weights import layerwise
 from verl_ascend_rollout.worker.weights.verify import Manifest
@@ -37,7 +37,7 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
 
         Returns:
             What this worker is and which rung it found, for the server's log: `pid`, `rung`, `obstacles`,
-            `kv_bytes`, `worker`, `model_runner`.
+            `kv_bytes`, `worker`, `model_runner`, and what the plug-in has `registered` in this process.
         """
         self._ascend_safe_probe = kv_cache.probe(self, kv_rung)
         self._ascend_safe_weight_path = weight_path
@@ -50,6 +50,7 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
             "kv_bytes": kv_cache.kv_bytes(self),
             "worker": type(self).__name__,
             "model_runner": type(self.model_runner).__name__,
+            "registered": list(plugin.register()),
         }
 
     def free_cache_engine(self) -> dict[str, Any]:
@@ -102,12 +103,23 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
 
         def receive(load: layerwise.Loader) -> None:
+            failures: list[Exception] = []
+
             def on_bucket_received(weights: list[layerwise.NamedTensor], is_last: bool) -> None:
-                # `tensor.to("cpu")` is the bucket itself on a CPU, and the layerwise reload keeps what it is given
-                # until a layer is whole, when the sender has long written the next bucket over it.
-                load((name, tensor.clone()) for name, tensor in weights)
+                if failures:
+                    return
+                try:
+                    # `tensor.to("cpu")` is the bucket itself on a CPU, and the layerwise reload keeps what it is given
+                    # until a layer is whole, when the sender has long written the next bucket over it.
+                    load((name, tensor.clone()) for name, tensor in weights)
+                except Exception as error:
+                    # The rest of the stream is still taken off the sender's hands, or it would wait for ever.  The
+                    # frames go: they hold the bucket, and closing it would fail with an error that hides this one.
+                    failures.append(error.with_traceback(None))
 
             receiver.receive_weights(on_bucket_received=on_bucket_received)
+            if failures:
+                raise failures[0]
 
         self._ascend_safe_reload(receive)
 

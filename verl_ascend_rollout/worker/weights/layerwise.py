@@ -63,7 +63,6 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
     from verl.workers.rollout.vllm_rollout.weight_update_utils import apply_buffer_updates, split_buffer_updates
 
     received = _Received()
-    parameters = {name for name, _ in model.named_parameters()}
     capture_functions = _forget_prepacked_experts(model)
     initialize_layerwise_reload(model)
 
@@ -76,7 +75,7 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
 
     try:
         yield load
-        manifest.check(missing=sorted((parameters - received.names) & _unfinished_parameters(model)))
+        manifest.check(missing=_missing_parameters(model, received.names))
     except BaseException:
         _forget_partial_layers(model)
         raise
@@ -85,21 +84,49 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
     apply_buffer_updates(model, received.buffers)
 
 
-def _unfinished_parameters(model: torch.nn.Module) -> set[str]:
-    """Parameters of layers that are not whole yet, by the count of elements that the layerwise reload keeps.
+def _missing_parameters(model: torch.nn.Module, loaded: set[str]) -> list[str]:
+    """The model's own names of parameters that were not loaded, or not wholly.
 
-    Needed beside the names that `load_weights` returns: for experts it returns none while the reload defers their
-    loading (vllm 0.28, routed_experts.py `load_weights`), and one expert of sixty would not show in a name at all.
-    The count alone would not do either: a padded vocabulary never gets all of its elements.
+    Two counts are needed.  By name: what `load_weights` did not return, which is exact for a parameter that one tensor
+    fills.  By element: one expert of sixty, or the bias of k among q, k and v, shows in no name (and for experts
+    `load_weights` returns no name at all while the reload defers them: vllm 0.28, routed_experts.py).  The layerwise
+    reload counts elements for each layer; a vocabulary is padded and never gets all of its own.
     """
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import SKIP_LOAD_TENSORS, get_layerwise_info
 
-    return {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, layer in model.named_modules()
-        if get_layerwise_info(layer).can_load()
-        for name, _ in layer.named_parameters(recurse=False)
-    }
+    from vllm.model_executor.layers.attention import is_deferred_attention_layer
+
+    missing = []
+    for prefix, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        if not info.can_load() or is_deferred_attention_layer(layer):
+            continue  # whole, and processed already; or scales of a quantised KV cache, which have defaults
+        parameters = {
+            name: parameter
+            for name, parameter in layer.named_parameters(recurse=False)
+            if name not in SKIP_LOAD_TENSORS
+        }
+        names = {name: f"{prefix}.{name}" if prefix else name for name in parameters}
+        absent = [name for name in parameters if names[name] not in loaded]
+        short = info.load_numel < sum(parameter.numel() for parameter in parameters.values())
+        if short and not absent and not isinstance(layer, VocabParallelEmbedding):
+            received = _elements_received(info)
+            absent = [name for name in parameters if received.get(name, 0) < parameters[name].numel()]
+            # Under tensor parallelism a rank receives more than it keeps, so none may look short by itself.
+            absent = absent or list(parameters)
+        missing.extend(names[name] for name in absent if short)
+    return sorted(missing)
+
+
+def _elements_received(info: Any) -> dict[str, int]:
+    """Elements of the tensors that came for each parameter of a layer."""
+    received: dict[str, int] = {}
+    for name, arguments in info.loaded_weights:
+        tensor = arguments.arguments.get("loaded_weight")
+        if isinstance(tensor, torch.Tensor):
+            received[name] = received.get(name, 0) + tensor.numel()
+    return received
 
 
 def _forget_partial_layers(model: torch.nn.Module) -> None:

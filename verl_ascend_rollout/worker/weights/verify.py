@@ -6,7 +6,6 @@ reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -48,10 +47,8 @@ class Manifest:
             self._duplicates.append(name)
             return False
         self.names[name] = tensor.nbytes
-        if self.finite and tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
-            # A NaN or Inf anywhere makes the sum one; a sum that overflows by itself is worth the closer look.
-            if not bool(torch.isfinite(tensor).all()):
-                self._not_finite.append(name)
+        if self.finite and tensor.is_floating_point() and _has_nan_or_inf(tensor):
+            self._not_finite.append(name)
         return True
 
     def check(self, missing: list[str]) -> None:
@@ -77,6 +74,15 @@ class Manifest:
                 + "; ".join(found)
                 + ". The engine generates nothing until a full sync has passed"
             )
+
+
+def _has_nan_or_inf(tensor: torch.Tensor) -> bool:
+    # A NaN or Inf anywhere makes the sum one; a sum that overflows by itself is worth the closer look.
+    if torch.isfinite(tensor.sum(dtype=torch.float32)):
+        return False
+    # torch 2.13 has no isfinite for float8_e4m3fn.
+    exact = tensor.float() if tensor.element_size() == 1 else tensor
+    return not bool(torch.isfinite(exact).all())
 
 
 def _list_names(what: str, names: list[str]) -> str:

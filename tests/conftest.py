@@ -1,0 +1,34 @@
+"""What several suites share: the environment of a machine without an accelerator, and the toy recipe."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before anything imports verl: the suites run on a machine without an accelerator.
+os.environ.setdefault("VERL_PLATFORM", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+@pytest.fixture(scope="session")
+def load_recipe() -> Callable[[str], ModuleType]:
+    """Loads a module of the toy recipe by name; the recipe is a folder of scripts and no package."""
+    return _load_recipe
+
+
+def _load_recipe(name: str) -> ModuleType:
+    path = ROOT / "recipes" / "grpo_tiny_cpu" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

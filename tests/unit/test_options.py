@@ -1,0 +1,144 @@
+"""Our own options as users give them: from a command line, a YAML file, or Python."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from verl_ascend_rollout.options import KEY, AscendSafeOptions, OptionError
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    defaults = AscendSafeOptions()
+    assert AscendSafeOptions.from_mapping(None) == AscendSafeOptions.from_mapping({}) == defaults
+    assert defaults.as_dict() == {"on_unsafe": "keep", "kv_rung": "auto", "verify": "first", "events": None}
+
+
+def test_null_is_the_default_and_leaves_the_others() -> None:
+    options = AscendSafeOptions.from_mapping(
+        {"on_unsafe": None, "kv_rung": "direct", "verify": None, "events": "events.jsonl"}
+    )
+    assert options == AscendSafeOptions(kv_rung="direct", events="events.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("on_unsafe", value) for value in ("keep", "error")),
+        *(("kv_rung", value) for value in ("auto", "release_kv_cache", "sleep", "direct", "keep")),
+        *(("verify", value) for value in ("first", "always", "off")),
+    ],
+)
+def test_every_value_that_is_documented_is_taken(name: str, value: str) -> None:
+    assert AscendSafeOptions.from_mapping({name: value}).as_dict()[name] == value
+
+
+def test_a_bare_off_in_yaml_is_the_word() -> None:
+    given = yaml.safe_load("verify: off")
+    assert given == {"verify": False}, "YAML 1.1 no longer reads `off` as False: the exception for it can go"
+    assert AscendSafeOptions.from_mapping(given).verify == "off"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"verify": True}, "verify=True is not possible: choose one of first, always, off"),
+        ({"verify": "on"}, "verify='on' is not possible: choose one of first, always, off"),
+        ({"verify": "First"}, "verify='First' is not possible"),
+        ({"verify": ["first"]}, "verify=['first'] is not possible"),
+        # False stands for "off" only where "off" is a choice.
+        ({"kv_rung": False}, "kv_rung=False is not possible: choose one of auto, release_kv_cache, sleep, direct"),
+        ({"on_unsafe": 1}, "on_unsafe=1 is not possible: choose one of keep, error"),
+        ({"events": 7}, "events=7 is not possible: it takes a file path"),
+        ({"events": False}, "events=False is not possible: it takes a file path"),
+    ],
+)
+def test_a_bad_value_is_one_sentence_with_the_choices(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(OptionError) as error:
+        AscendSafeOptions.from_mapping(given)
+    message = str(error.value)
+    assert message.startswith(f"{KEY}: ")
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("verfy", "verify"), ("kv-rung", "kv_rung"), ("on_unsave", "on_unsafe"), ("event", "events")],
+)
+def test_an_unknown_key_names_the_options_and_the_one_that_was_meant(key: str, meant: str) -> None:
+    with pytest.raises(OptionError) as error:
+        AscendSafeOptions.from_mapping({key: "x"})
+    assert str(error.value) == (
+        f"{KEY}: unknown option {key!r} (did you mean {meant!r}?): the options are events, kv_rung, on_unsafe, verify"
+    )
+
+
+@pytest.mark.parametrize("key", ["gpu_memory_utilization", 3])
+def test_an_unknown_key_that_resembles_none_is_not_guessed_at(key: object) -> None:
+    with pytest.raises(OptionError, match=r"unknown option .*: the options are") as error:
+        AscendSafeOptions.from_mapping({key: None})  # type: ignore[dict-item]
+    assert "did you mean" not in str(error.value)
+
+
+def test_all_problems_are_said_at_once() -> None:
+    with pytest.raises(OptionError) as error:
+        AscendSafeOptions.from_mapping({"verfy": "off", "kv_rung": "fast", "events": 3, "on_unsafe": "error"})
+    message = str(error.value)
+    for part in ("unknown option 'verfy'", "kv_rung='fast'", "events=3"):
+        assert part in message
+    assert message.count(KEY) == 1
+    assert "on_unsafe=" not in message
+
+
+@pytest.mark.parametrize("given", ["verify=off", ["verify"], 3])
+def test_what_is_no_mapping_is_refused(given: Any) -> None:
+    with pytest.raises(OptionError, match="must be a mapping of options, got"):
+        AscendSafeOptions.from_mapping(given)
+
+
+class LikeVerls(SimpleNamespace):
+    """verl's RolloutConfig as far as it matters: attributes, and `get` from its BaseConfig."""
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return getattr(self, key, default)
+
+
+KWARGS = {"vllm": {"enable_log_requests": True}, "ascend_safe": {"verify": "always", "kv_rung": None}}
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"engine_kwargs": KWARGS},
+        OmegaConf.create({"engine_kwargs": KWARGS}),
+        LikeVerls(engine_kwargs=KWARGS),
+        LikeVerls(engine_kwargs=OmegaConf.create(KWARGS)),
+    ],
+    ids=["mapping", "OmegaConf", "verl", "verl with OmegaConf inside"],
+)
+def test_from_a_rollout_config(rollout: Any) -> None:
+    assert AscendSafeOptions.from_rollout(rollout) == AscendSafeOptions(verify="always")
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {},
+        {"engine_kwargs": None},
+        {"engine_kwargs": {"vllm": {}}},
+        OmegaConf.create({"engine_kwargs": {"ascend_safe": None}}),
+        LikeVerls(engine_kwargs={}),
+    ],
+)
+def test_a_rollout_config_without_our_key_has_the_defaults(rollout: Any) -> None:
+    assert AscendSafeOptions.from_rollout(rollout) == AscendSafeOptions()
+
+
+def test_a_rollout_config_with_a_mistake_is_refused() -> None:
+    with pytest.raises(OptionError, match="verfy"):
+        AscendSafeOptions.from_rollout(OmegaConf.create({"engine_kwargs": {"ascend_safe": {"verfy": "off"}}}))

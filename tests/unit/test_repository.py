@@ -1,0 +1,172 @@
+"""Rules that a reader of the code may rely on, checked in the source itself."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "verl_ascend_rollout"
+
+HEAVY = {"verl", "vllm", "vllm_ascend", "torch", "torch_npu", "ray", "transformers"}
+LIGHT = (
+    "__init__.py",
+    "autoload.py",
+    "checks",
+    "cli.py",
+    "compat.py",
+    "events.py",
+    "options.py",
+    "platforms",
+    "plugin.py",
+    "policy.py",
+    "trainer/cpu_platform.py",
+)
+"""What runs on a broken installation, or in every process that imports verl."""
+
+ROLLOUT_REGISTRIES = {"_ROLLOUT_REGISTRY", "RolloutReplicaRegistry", "get_rollout_class"}
+
+
+def sources(*places: str) -> list[Path]:
+    """The Python files of some modules and folders of the package."""
+    files = [file for place in places for file in (sorted((PACKAGE / place).rglob("*.py")) or [PACKAGE / place])]
+    assert files and all(file.is_file() for file in files), f"nothing is there to check: {places}"
+    return files
+
+
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
+
+
+def imports(node: ast.AST, *, everywhere: bool) -> Iterator[tuple[str, int]]:
+    """Each module that is imported, with its line; without `everywhere` only what happens when a module is loaded."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, child.lineno) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"a relative import in line {child.lineno}: these are not looked at"
+            yield from ((f"{child.module}.{alias.name}", child.lineno) for alias in child.names)
+        elif isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            continue
+        elif everywhere or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports(child, everywhere=everywhere)
+
+
+def test_the_search_for_imports_finds_them() -> None:
+    program = (
+        "import a\nif TYPE_CHECKING:\n    import b\ntry:\n    from c import d\nexcept ImportError:\n    pass\n"
+        "def function():\n    import e\nclass Class:\n    import f\n    def method(self):\n        from g.h import i\n"
+    )
+    tree = ast.parse(program)
+    assert [name for name, _ in imports(tree, everywhere=False)] == ["a", "c.d", "f"]
+    assert [name for name, _ in imports(tree, everywhere=True)] == ["a", "c.d", "e", "f", "g.h.i"]
+
+
+@pytest.mark.parametrize("place", LIGHT)
+def test_what_must_stay_light_imports_nothing_heavy_when_it_is_loaded(place: str) -> None:
+    heavy = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in sources(place)
+        for name, line in imports(tree_of(file), everywhere=False)
+        if name.partition(".")[0] in HEAVY
+    ]
+    assert heavy == []
+
+
+@pytest.mark.parametrize(
+    ("place", "forbidden"),
+    [
+        # vLLM's worker process needs no trainer and no server, and the trainer worker needs no vLLM worker.
+        ("worker", ("verl_ascend_rollout.trainer", "verl_ascend_rollout.server", "verl.trainer")),
+        ("trainer", ("verl_ascend_rollout.server", "verl_ascend_rollout.worker")),
+        ("server", ("verl_ascend_rollout.trainer", "verl_ascend_rollout.worker")),
+        # Facts know nothing of the decisions that are made from them, and decisions nothing of who carries them out.
+        ("platforms", ("verl_ascend_rollout.policy", "verl_ascend_rollout.plugin", "verl_ascend_rollout.compat")),
+        ("policy.py", ("verl_ascend_rollout.plugin", "verl_ascend_rollout.checks", "verl_ascend_rollout.server")),
+    ],
+)
+def test_dependencies_point_one_way(place: str, forbidden: tuple[str, ...]) -> None:
+    wrong = [
+        f"{file.relative_to(ROOT)}:{line} imports {name}"
+        for file in sources(place)
+        for name, line in imports(tree_of(file), everywhere=True)
+        if any(f"{name}.".startswith(f"{module}.") for module in forbidden)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("names", "allowed"),
+    [
+        (ROLLOUT_REGISTRIES, {"plugin.py", "compat.py"}),
+        ({"PlatformRegistry", "set_platform"}, {"trainer/cpu_platform.py"}),
+    ],
+)
+def test_verls_registries_are_known_in_one_place(names: set[str], allowed: set[str]) -> None:
+    users = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(tree_of(file)):
+            used = {
+                getattr(node, "id", None),
+                getattr(node, "attr", None),
+                *(alias.name for alias in getattr(node, "names", []) if isinstance(alias, ast.alias)),
+            }
+            if used & names:
+                users.add(file.relative_to(PACKAGE).as_posix())
+    assert users <= allowed
+    assert users, "nobody uses them any more: this rule looks for names that are gone"
+
+
+def test_every_module_and_everything_public_in_it_says_what_it_is() -> None:
+    silent = []
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "hydra_plugins").rglob("*.py")]:
+        tree = tree_of(file)
+        if tree.body and not ast.get_docstring(tree):
+            silent.append(str(file.relative_to(ROOT)))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not (
+                node.name.startswith("_") or ast.get_docstring(node)
+            ):
+                silent.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert silent == []
+
+
+def test_no_module_is_named_after_nothing() -> None:
+    folders = ("verl_ascend_rollout", "hydra_plugins", "recipes", "requirements", "tests", "configs")
+    names = {path.stem for folder in folders for path in (ROOT / folder).rglob("*")}
+    assert names & {"utils", "util", "helpers", "helper", "common", "misc"} == set()
+
+
+def test_hydras_namespace_package_stays_one() -> None:
+    """With an `__init__.py` it would hide the plug-ins of every other distribution."""
+    assert not (ROOT / "hydra_plugins" / "__init__.py").exists()
+    assert (ROOT / "hydra_plugins" / "verl_ascend_rollout" / "__init__.py").is_file()
+
+
+def test_no_lock_has_an_address() -> None:
+    locks = sorted((ROOT / "requirements").glob("*.txt"))
+    assert {"cpu.txt", "gpu.txt", "npu.txt"} <= {lock.name for lock in locks}
+    for lock in locks:
+        text = lock.read_text(encoding="utf-8")
+        assert "==" in text
+        assert re.findall(r"^.*(?:://|--(?:extra-)?index-url|--find-links|-f ).*$", text, re.MULTILINE) == [], lock
+
+
+def test_a_test_that_starts_an_engine_or_ray_is_marked() -> None:
+    """So that `pytest -m "not engine and not e2e"` is quick."""
+    unmarked = []
+    for folder, marker in (("engine", "pytest.mark.engine"), ("e2e", "pytest.mark.e2e")):
+        for file in (ROOT / "tests" / folder).rglob("test_*.py"):
+            tree = tree_of(file)
+            marks = [ast.unparse(node) for node in tree.body if isinstance(node, ast.Assign)]
+            if any(mark.startswith("pytestmark") and marker in mark for mark in marks):
+                continue
+            for node in ast.walk(tree):
+                is_test = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+                if is_test and not any(marker in ast.unparse(decorator) for decorator in node.decorator_list):
+                    unmarked.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
+    assert unmarked == []
