@@ -194,12 +194,7 @@ def verdict(summary: Mapping[str, Any], steps_wanted: int) -> str | None:
     first, last = summary["reward_first"], summary["reward_last"]
     if first is None or last is None:
         return f"verl's metrics have no {REWARD} for the first or the last step"
-    wanted = reward_gain_wanted(steps_wanted)
-    if last - first < wanted:
-        return (
-            f"the mean reward went from {first:.3f} to {last:.3f}, and {steps_wanted} steps should raise it by at "
-            f"least {wanted:.2f}: what was learned did not reach the rollout, or nothing was learned"
-        )
+    # Before the reward: different weights are a reason why nothing is learned.
     pearson = summary["pearson_min"]
     if pearson is None:
         return f"{PEARSON} is missing in at least one step: is rollout.calculate_log_probs off?"
@@ -207,6 +202,12 @@ def verdict(summary: Mapping[str, Any], steps_wanted: int) -> str | None:
         return (
             f"the correlation between the trainer's and the rollout's probabilities fell to {pearson:.4f} (at least "
             f"{PEARSON_WANTED} is wanted): the two hold different weights"
+        )
+    wanted = reward_gain_wanted(steps_wanted)
+    if last - first < wanted:
+        return (
+            f"the mean reward went from {first:.3f} to {last:.3f}, and {steps_wanted} steps should raise it by at "
+            f"least {wanted:.2f}: what was learned did not reach the rollout, or nothing was learned"
         )
     return None
 

@@ -18,7 +18,9 @@ HERE = Path(__file__).resolve().parent
 KV_BYTES = 2**30
 
 # Prompts of several lengths: shorter and longer than a block, and long enough to fill many.
-PROMPTS = [[5 + (start * 31 + index * 7) % 80 for index in range(length)] for start, length in enumerate((5, 17, 64, 120))]
+PROMPTS = [
+    [5 + (start * 31 + index * 7) % 80 for index in range(length)] for start, length in enumerate((5, 17, 64, 120))
+]
 SAMPLING = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 ENGINE = {
     "dtype": "bfloat16",
@@ -85,7 +87,9 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(load_recipe: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Checkpoint]:
+def checkpoints(
+    load_recipe: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Checkpoint, Checkpoint]:
     """Two toy Qwen1.5-MoE checkpoints of one shape.  Every tensor is random, biases and norms as well: a bias of zero
     would hide that it was not loaded."""
     import torch
@@ -117,7 +121,13 @@ def fresh(checkpoints: tuple[Checkpoint, Checkpoint], tmp_path_factory: pytest.T
     def answers(number: int) -> dict[str, Answers]:
         if number not in known:
             out = folder / f"{number}.json"
-            command = [sys.executable, str(HERE / "fresh_engine.py"), str(checkpoints[number].path), str(settings), str(out)]
+            command = [
+                sys.executable,
+                str(HERE / "fresh_engine.py"),
+                str(checkpoints[number].path),
+                str(settings),
+                str(out),
+            ]
             if number == 0:
                 command += ["--reload", str(checkpoints[1].path)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
@@ -142,9 +152,8 @@ def server(checkpoints: tuple[Checkpoint, Checkpoint], events_file: Path) -> Ite
     ray.init(num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=True, ignore_reinit_error=False)
     try:
         from verl.workers.config import CheckpointEngineConfig, HFModelConfig, RolloutConfig
-        from verl.workers.rollout.replica import RolloutMode, get_rollout_replica_class
-
         from verl.workers.rollout.base import get_rollout_class
+        from verl.workers.rollout.replica import RolloutMode, get_rollout_replica_class
 
         config = RolloutConfig(
             name="ascend_safe",
@@ -167,9 +176,7 @@ def server(checkpoints: tuple[Checkpoint, Checkpoint], events_file: Path) -> Ite
         )
         model_config = HFModelConfig(path=str(checkpoints[0].path))
         replica = get_rollout_replica_class("ascend_safe")(0, config, model_config, gpus_per_node=1)
-        actor = replica.server_class.options(
-            name="ascend_safe_server_0_0", max_concurrency=200, num_cpus=0
-        ).remote(
+        actor = replica.server_class.options(name="ascend_safe_server_0_0", max_concurrency=200, num_cpus=0).remote(
             config=config,
             model_config=model_config,
             rollout_mode=RolloutMode.HYBRID,

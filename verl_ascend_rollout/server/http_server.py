@@ -197,9 +197,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
 
     def _frees_kv_cache(self) -> bool:
         return (
-            self.node_rank == 0
-            and bool(self.config.free_cache_engine)
-            and self.rollout_mode != RolloutMode.COLOCATED
+            self.node_rank == 0 and bool(self.config.free_cache_engine) and self.rollout_mode != RolloutMode.COLOCATED
         )
 
     async def free_cache_engine(self) -> list[dict[str, Any]]:
@@ -292,9 +290,10 @@ class AscendSafeHttpServer(vLLMHttpServer):
             ValueError: the prompt leaves no room below max_model_len (verl's own check).
         """
         if self._doubts:
+            reasons = "; ".join(self._doubts.values())
             raise EngineInDoubtError(
-                f"This rollout engine refuses to generate: {'; '.join(self._doubts.values())}. A full weight sync that passes, and a KV "
-                "cache that is there, end this"
+                f"This rollout engine refuses to generate: {reasons}. A full weight sync that passes, and a KV cache "
+                "that is there, end this"
             )
         return await super().generate(*args, **kwargs)
 
@@ -314,9 +313,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
 
     def _emit(self, step: str, seconds: float, detail: dict[str, Any]) -> None:
         events.emit(
-            events.Event(
-                step=step, process="server", seconds=seconds, detail={"replica": self.replica_rank, **detail}
-            )
+            events.Event(step=step, process="server", seconds=seconds, detail={"replica": self.replica_rank, **detail})
         )
 
 
@@ -327,6 +324,6 @@ def _sentence(change: Mapping[str, Any]) -> str:
     mebibytes = abs(change["bytes_after"] - change["bytes_before"]) / 2**20
     resident = (change["rss_after"] - change["rss_before"]) / 2**20
     return (
-        f"{change['action']} by {change['rung']}: {mebibytes:.0f} MiB of KV cache, resident memory {resident:+.0f} MiB, "
-        f"{change['seconds'] * 1000:.0f} ms"
+        f"{change['action']} by {change['rung']}: {mebibytes:.0f} MiB of KV cache, "
+        f"resident memory {resident:+.0f} MiB, {change['seconds'] * 1000:.0f} ms"
     )

@@ -10,7 +10,7 @@ from verl.workers.rollout.vllm_rollout.vllm_pd_replica import vLLMPDReplica
 
 from verl_ascend_rollout import ROLLOUT_NAME, compat
 from verl_ascend_rollout.options import AscendSafeOptions
-from verl_ascend_rollout.server.http_server import AscendSafeHttpServer
+from verl_ascend_rollout.server.actor import AscendSafeServerActor
 
 
 class AscendSafeReplica(vLLMReplica):
@@ -26,7 +26,7 @@ class AscendSafeReplica(vLLMReplica):
         compat.assert_intact()
         AscendSafeOptions.from_rollout(config)
         super().__init__(replica_rank, config, *args, **kwargs)
-        self.server_class = ray.remote(AscendSafeHttpServer)
+        self.server_class = ray.remote(AscendSafeServerActor)
 
     def _get_server_name_prefix(self) -> str:
         # verl's replica says "vllm_" whatever the rollout's name is, and verl's adapter looks for "<name>_" (0.8.0 to
@@ -42,7 +42,7 @@ class AscendSafePDReplica(vLLMPDReplica):
         compat.assert_intact()
         AscendSafeOptions.from_rollout(config)
         super().__init__(replica_rank, config, *args, **kwargs)
-        self.server_class = ray.remote(AscendSafeHttpServer)
+        self.server_class = ray.remote(AscendSafeServerActor)
 
     def _get_server_name_prefix(self) -> str:
         return f"{ROLLOUT_NAME}_"

@@ -85,6 +85,7 @@ class WatchfulWeightSender(BucketedWeightSender):
             raise failures[0]
 
     def _init_socket(self) -> None:
+        self.socket: Any
         super()._init_socket()
         if self._receiver is not None and isinstance(self.socket, zmq.Socket):
             self.socket = _WatchfulSocket(self.socket, self._receiver)

@@ -98,9 +98,9 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
             return
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
-        if self.device is None:
-            self.device = torch.device("cpu")
-        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
+        # vLLM's CPU worker has its device; some others leave it unset (verl 0.9.1, vllm_rollout/utils.py:243).
+        device: torch.device = getattr(self, "device", None) or torch.device("cpu")
+        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=device, use_shm=use_shm)
 
         def receive(load: layerwise.Loader) -> None:
             failures: list[Exception] = []
@@ -136,7 +136,7 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
         def receive(load: layerwise.Loader) -> None:
             for file in sorted(Path(path).glob("*.safetensors")):
                 with safe_open(file, framework="pt") as checkpoint:
-                    for name in checkpoint.keys():
+                    for name in checkpoint.keys():  # noqa: SIM118 - a safetensors file is no mapping
                         load([(name, checkpoint.get_tensor(name))])
 
         return self._ascend_safe_reload(receive)
