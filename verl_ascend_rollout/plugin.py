@@ -154,8 +154,8 @@ def _refuse_ours(reason: str, config_module: Any) -> None:
     def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
         from omegaconf import OmegaConf
 
-        # Registered after all, where `register` was called again once the reason was gone.
-        if not _registered and OmegaConf.select(config, "actor_rollout_ref.rollout.name") == ROLLOUT_NAME:
+        # Once `register` has been called again, and worked, what arrives here says "vllm" (see compat.validate_config).
+        if OmegaConf.select(config, "actor_rollout_ref.rollout.name") == ROLLOUT_NAME:
             print(f"{ROLLOUT_NAME}: the rollout is not registered in process {os.getpid()}: {reason}", file=sys.stderr)
             raise SystemExit(2)
         original(config, *args, **kwargs)

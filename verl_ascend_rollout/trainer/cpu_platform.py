@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from verl_ascend_rollout.platforms.detect import detect
+
 VARIABLE = "VERL_PLATFORM"
 """verl's own variable for the platform (verl 0.9.1, plugin/platform/platform_manager.py:90)."""
 
@@ -105,7 +107,9 @@ def _keep_device_cpu(device: Any) -> None:
 
     @functools.wraps(original)
     def auto_set_device(config: Any) -> Any:
-        if config is not None and config.get("trainer", {}).get("device") == "cpu" and not os.environ.get(VARIABLE):
+        asks_for_cpu = config is not None and config.get("trainer", {}).get("device") == "cpu"
+        # Where there is an accelerator verl's own way stays: it takes the accelerator, whatever the config says.
+        if asks_for_cpu and not os.environ.get(VARIABLE) and detect().name == "cpu":
             from verl.plugin.platform import PlatformRegistry, set_platform
 
             os.environ[VARIABLE] = "cpu"
