@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +46,16 @@ def test_the_plugin_is_loaded_in_vllms_worker_process(server: Any, events_file: 
     assert worker["worker"] == "CPUWorker"
     assert worker["pid"] != decided["pid"]
     assert any("rollout ascend_safe" in sentence for sentence in worker["registered"])
+
+
+def test_the_engine_leaves_no_name_in_shared_memory(server: Any) -> None:
+    """What has no name goes with its last process, however that ends."""
+    (memory,) = server.call("memory")
+    maps = Path(f"/proc/{memory['pid']}/maps").read_text()
+    segments = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "/dev/shm/psm_" in line}
+    assert segments, "vLLM's message queues are mapped"
+    assert all(segment.endswith(" (deleted)") for segment in segments)
+    assert server.answers(), "and still work"
 
 
 def test_users_engine_kwargs_reach_vllm(server: Any) -> None:
