@@ -330,7 +330,7 @@ def _unlink_message_queues() -> None:
     again; the memory goes with the last process that maps it, also after a kill -9.
     """
     this = psutil.Process()
-    segments = set()
+    segments: set[str] = set()
     for process in (this, *this.children(recursive=True)):
         with contextlib.suppress(OSError):
             maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
