@@ -37,6 +37,7 @@ METHODS = (
     "wait_for_requests_to_drain",
     "wake_up",
     # Ours.
+    "doubt_weights",
     "explain",
     "free_cache_engine",
     "init_cache_engine",

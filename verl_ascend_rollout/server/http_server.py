@@ -287,6 +287,10 @@ class AscendSafeHttpServer(vLLMHttpServer):
             await self.engine.resume_generation()
         self._emit("sync", time.perf_counter() - started, {})
 
+    async def doubt_weights(self, reason: str) -> None:
+        """Refuse to generate until a full weight sync has passed: the trainer knows that the last one was not whole."""
+        self._doubts["weights"] = f"the last weight sync failed: {reason}"
+
     async def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, unless the engine is in doubt.
 

@@ -60,11 +60,13 @@ class AscendSafeServerAdapter(ServerAdapter):
         )
         try:
             await sender.async_send_weights(weights)
-        except Exception:
-            # The sender's error is the cause; but the server must know that the sync failed before anyone goes on.
+        except Exception as error:
+            # The sender's error is the cause; but the server must know before anyone goes on, and the worker may have
+            # taken the end of the stream for the end of the weights.
             if receiver is not None:
                 with contextlib.suppress(Exception):
                     await receiver
+                await self.server_handle.doubt_weights.remote(str(error))
             raise
         if receiver is not None:
             await receiver
