@@ -19,12 +19,12 @@ help: ## this list
 
 setup: $(VENV)/.ready ## the virtual environment for a machine without an accelerator
 
+# Bytecode is compiled here once: a run starts a dozen Python processes, and where PYTHONDONTWRITEBYTECODE is set (as in
+# many containers) each of them would compile all of torch, vLLM and verl again.
 $(VENV)/.ready: pyproject.toml requirements/cpu.txt requirements/cpu.overrides.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 was found: set PYTHON=/path/to/python" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'
-	# Compiled here once: a run starts a dozen Python processes, and where PYTHONDONTWRITEBYTECODE is set (containers) each
-	# of them would compile all of torch, vLLM and verl again.
 	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python \
 		--override requirements/cpu.overrides.txt -r requirements/cpu.txt
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .

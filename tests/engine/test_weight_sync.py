@@ -92,7 +92,7 @@ def test_a_stream_that_breaks_off_leaves_neither_side_waiting(server: Any, check
     with pytest.raises(OSError, match="the trainer's disk is gone"):
         server.sync(broken())
     assert time.monotonic() - started < 60
-    with pytest.raises(Exception, match=r"refuses to generate: the last weight sync failed: the trainer's disk is gone"):
+    with pytest.raises(Exception, match="the last weight sync failed: the trainer's disk is gone"):
         ray.get(server.start([5, 6, 7], "after-a-broken-stream"))
     server.sync(checkpoints[1].tensors())
     assert server.answers() == fresh(1)["fresh"]
