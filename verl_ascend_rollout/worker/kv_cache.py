@@ -75,11 +75,13 @@ def probe(worker: Any, wish: str = "auto") -> Probe:
         The first rung that works, at or below the wish.
     """
     obstacles: list[str] = []
-    if wish in ("auto", "sleep"):
+    if wish == "release_kv_cache":
+        obstacles.append("release_kv_cache: this vLLM has no KV-only release (vllm#44890)")
+    if wish in ("auto", "release_kv_cache", "sleep"):
         if _sleep_mode(worker):
-            return Probe("sleep")
+            return Probe("sleep", tuple(obstacles))
         obstacles.append("sleep: the engine runs without sleep mode")
-    if wish in ("auto", "sleep", "direct"):
+    if wish != "keep":
         missing = list(_missing_for_direct(worker))
         if not missing:
             return Probe("direct", tuple(obstacles))
