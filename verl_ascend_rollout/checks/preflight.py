@@ -7,6 +7,7 @@ code 2.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from verl_ascend_rollout.options import AscendSafeOptions, OptionError
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts
 from verl_ascend_rollout.platforms.detect import detect
 
+logger = logging.getLogger("verl_ascend_rollout.preflight")
+
 MODEL = "actor_rollout_ref.model.path"
 ROLLOUT = "actor_rollout_ref.rollout"
 
@@ -28,6 +31,8 @@ def check_driver_config(config: Any) -> None:
     Raises:
         SystemExit: with code 2, after a sentence for each problem on standard error.
     """
+    for warning in find_warnings(config):
+        logger.warning("%s", warning)
     problems = list(find_problems(config))
     if not problems:
         return
@@ -41,22 +46,32 @@ def find_problems(config: Any, environ: Mapping[str, str] = os.environ) -> Itera
     for problem in compat.problems():
         yield f"{problem}: {compat.WHAT_TO_DO}"
     yield from _options(config)
-    yield from _model(config)
-    yield from _lengths(config)
+    yield from _no_room_to_generate(config)
     try:
         facts = detect(environ)
     except PlatformError as error:
         yield str(error)
         return
-    # The driver's machine says nothing about a cluster's; verl checks a cluster's resources itself.
+    # The driver's machine says nothing about a cluster's devices and folders; verl checks a cluster's resources itself.
     if _ray_is_up():
         return
     cluster = _cluster(config, environ)
     if cluster is not None:
         yield from _cluster_settings(config, cluster)
         return
+    yield from _model(config)
     yield from _resources(config, facts)
     yield from _policy(config, facts, environ)
+
+
+def find_warnings(config: Any) -> Iterator[str]:
+    """What runs, but perhaps not as it was meant; one sentence each."""
+    prompt, response, limit, source = _lengths(config)
+    if None not in (prompt, response, limit) and prompt < limit < prompt + response:  # type: ignore[operator]
+        yield (
+            f"data.max_prompt_length={prompt} and data.max_response_length={response} together exceed "
+            f"{source}={limit}: the longest prompts will be answered in fewer tokens than you ask for"
+        )
 
 
 def _options(config: Any) -> Iterator[str]:
@@ -79,26 +94,23 @@ def _model(config: Any) -> Iterator[str]:
             yield f"{MODEL}={path} has no config.json: it is not the folder of a Hugging Face checkpoint"
 
 
-def _lengths(config: Any) -> Iterator[str]:
-    rollout = config.actor_rollout_ref.rollout
-    prompt = _number(config.data.get("max_prompt_length"))
-    response = _number(config.data.get("max_response_length"))
-    if prompt is None or response is None:
-        return
-    limit, source = _number(rollout.get("max_model_len")), f"{ROLLOUT}.max_model_len"
-    if limit is None:
-        limit, source = _max_position_embeddings(config), f"max_position_embeddings of {MODEL}"
-    if limit is not None and prompt >= limit:
+def _no_room_to_generate(config: Any) -> Iterator[str]:
+    prompt, _, limit, source = _lengths(config)
+    if prompt is not None and limit is not None and prompt >= limit:
         yield (
             f"data.max_prompt_length={prompt} leaves no room to generate below {source}={limit}: lower the one or "
             "raise the other"
         )
-    elif limit is not None and prompt + response > limit:
-        yield (
-            f"data.max_prompt_length={prompt} and data.max_response_length={response} together exceed "
-            f"{source}={limit}: the longest prompts would be answered in fewer tokens than you ask for; lower one of "
-            "them or raise the limit"
-        )
+
+
+def _lengths(config: Any) -> tuple[int | None, int | None, int | None, str]:
+    """Longest prompt and response, the engine's limit for both together in tokens, and where the limit comes from."""
+    prompt = _number(config.data.get("max_prompt_length"))
+    response = _number(config.data.get("max_response_length"))
+    limit = _number(config.actor_rollout_ref.rollout.get("max_model_len"))
+    if limit is not None:
+        return prompt, response, limit, f"{ROLLOUT}.max_model_len"
+    return prompt, response, _max_position_embeddings(config), f"max_position_embeddings of {MODEL}"
 
 
 def _max_position_embeddings(config: Any) -> int | None:
