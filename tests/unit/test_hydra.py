@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -292,6 +293,8 @@ def test_the_machine_decides_auto(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     monkeypatch.delenv("VERL_PLATFORM")
     found = detect().name
     plugin_module()._warn_of_cpu.cache_clear()
+    # An import of vLLM in this process raises the root logger's level.
+    caplog.set_level(logging.WARNING, logger=plugin_module().logger.name)
     config = compose("ascend_safe")
     assert config["trainer"]["device"] == found
     assert config == compose("ascend_safe", f"platform={found}")
@@ -343,6 +346,7 @@ NEW_TO_VERL = {
     "ray_kwargs.ray_init.num_gpus",
     "ray_kwargs.ray_init.runtime_env.env_vars.VERL_PLATFORM",
     "ray_kwargs.ray_init.runtime_env.env_vars.VLLM_ASCEND_ENABLE_NZ",
+    "ray_kwargs.ray_init.include_dashboard",
 }
 
 
