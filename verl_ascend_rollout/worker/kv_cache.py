@@ -179,8 +179,8 @@ def _missing_for_direct(worker: Any) -> Iterator[str]:
     if config is None:
         yield f"{type(runner).__name__} has no `vllm_config`"
         return
-    # A graph has the tensors' addresses in it; new tensors have others.  Eager is what the user's flag says, and
-    # `cudagraph_mode` what vLLM made of it (a platform can force graphs on or off).
+    # A graph has the tensors' addresses in it; new tensors have others.  With this flag vLLM captures and compiles
+    # nothing (vllm 0.28, config/vllm.py:1284).
     if not getattr(config.model_config, "enforce_eager", False):
         yield "the engine does not run in eager mode: captured or compiled code may hold the addresses"
     if getattr(config, "kv_transfer_config", None) is not None:

@@ -33,15 +33,6 @@ class _Received:
     buffers: list[NamedTensor] = field(default_factory=list)
 
 
-def available() -> bool:
-    """Whether this vLLM has the layerwise reload (0.18 and newer)."""
-    try:
-        import vllm.model_executor.model_loader.reload.layerwise  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 @contextmanager
 def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Iterator[Loader]:
     """One full weight sync: initialise, load as often as buckets come, finalise.
@@ -64,7 +55,7 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
 
     received = _Received()
     load_weights: Any = model.load_weights
-    capture_functions = _forget_prepacked_experts(model)
+    _forget_prepacked_experts(model)
     initialize_layerwise_reload(model)
 
     def load(weights: Iterable[NamedTensor]) -> None:
@@ -82,7 +73,7 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
         raise
     with _without_false_alarms():
         finalize_layerwise_reload(model, model_config)
-    _restore_capture_functions(capture_functions)
+    _restore_capture_functions(model)
     apply_buffer_updates(model, received.buffers)
 
 
@@ -162,26 +153,33 @@ def _forget_partial_layers(model: torch.nn.Module) -> None:
             info.load_numel = 0
 
 
-def _forget_prepacked_experts(model: torch.nn.Module) -> list[tuple[Any, Any]]:
+def _forget_prepacked_experts(model: torch.nn.Module) -> None:
     """Let the experts' packing run again: it is skipped as soon as the method has a kernel.
 
-    Returns:
-        For each method with a routing-replay capture, the method and the capture function, which hangs on the kernel.
+    Routing replay (R3) hangs its capture function on that kernel; it is kept on the method meanwhile, also over a sync
+    that breaks off.
     """
-    captures = []
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
+    for method in _methods(model):
         kernel = getattr(method, "moe_kernel", None)
         if kernel is None:
             continue
         capture = getattr(getattr(kernel, "fused_experts", None), "routing_replay_capture_fn", None)
         if capture is not None:
-            captures.append((method, capture))
-        method.moe_kernel = None  # type: ignore[union-attr]
-    return captures
+            method._ascend_safe_capture = capture
+        method.moe_kernel = None
 
 
-def _restore_capture_functions(captures: list[tuple[Any, Any]]) -> None:
-    """Routing replay (R3) hangs its capture on the kernel that was just made anew."""
-    for method, capture in captures:
-        method.moe_kernel.fused_experts.set_capture_fn(capture)
+def _restore_capture_functions(model: torch.nn.Module) -> None:
+    """Hang the capture functions on the kernels that were just made anew."""
+    for method in _methods(model):
+        capture = vars(method).pop("_ascend_safe_capture", None)
+        if capture is not None:
+            method.moe_kernel.fused_experts.set_capture_fn(capture)
+
+
+def _methods(model: torch.nn.Module) -> Iterator[Any]:
+    """The quantization methods (vLLM's word, also for unquantized layers) of the model's layers."""
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            yield method
