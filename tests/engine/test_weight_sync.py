@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -118,6 +119,26 @@ def test_a_wrong_shape_is_an_error(server: Any, checkpoints: Any) -> None:
     tensors["model.norm.weight"] = torch.ones(63, dtype=torch.bfloat16)
     with pytest.raises(Exception, match="63"):
         server.sync(tensors.items())
+
+
+def test_a_sync_that_passes_does_not_wake_an_engine_that_went_to_sleep_after_one_that_failed(
+    server: Any, checkpoints: Any, fresh: Any
+) -> None:
+    with pytest.raises(Exception, match="is not the whole model"):
+        server.sync(list(checkpoints[1].tensors())[1:])
+    server.call("sleep")
+    server.sync(checkpoints[1].tensors())
+    waiting = server.start(range(5, 25), "after-failure-and-sleep")
+    assert ray.wait([waiting], timeout=2)[0] == [], "there is no KV cache to generate with"
+    server.call("wake_up", ["kv_cache"])
+    assert len(ray.get(waiting, timeout=60).token_ids) == 12
+    assert server.answers() == fresh(1)["fresh"]
+
+
+def test_weights_that_this_path_does_not_load_are_refused(server: Any, checkpoints: Any) -> None:
+    tensors = checkpoints[1].tensors()
+    with pytest.raises(Exception, match="On a CPU the weight sync of LoRA adapters is not supported"):
+        asyncio.run(server.adapter.update_weights(tensors, peft_config={"r": 8}, base_sync_done=False))
 
 
 def test_a_sync_leaves_events_on_both_sides(server: Any, checkpoints: Any, events_file: Any) -> None:

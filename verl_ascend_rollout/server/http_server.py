@@ -122,17 +122,11 @@ class AscendSafeHttpServer(vLLMHttpServer):
         """Start the engine, then hand the decisions to its workers and find the rung that works on each."""
         started = time.perf_counter()
         await super().run_server(args)
-        reports = await self.engine.collective_rpc(
-            "ascend_safe_configure",
-            kwargs={
-                "kv_rung": self._rung,
-                "weight_path": self._decisions["weight_path"].value,
-                "verify": self._options.verify,
-            },
-        )
-        rungs = {report["rung"] for report in reports}
-        # One rung for all: workers that free in different ways would not be asleep or awake together.
-        self._rung = rungs.pop() if len(rungs) == 1 else "keep"
+        reports = await self._configure_workers(self._rung)
+        if len({report["rung"] for report in reports}) > 1:
+            # One rung for all: workers that free in different ways would not be asleep or awake together.
+            reports = await self._configure_workers("keep")
+        self._rung = reports[0]["rung"]
         obstacles = sorted({obstacle for report in reports for obstacle in report["obstacles"]})
         if self.replica_rank == 0:
             logger.info("Decisions for this engine:\n%s", policy.table(self._decisions))
@@ -154,6 +148,18 @@ class AscendSafeHttpServer(vLLMHttpServer):
         if self._rung == "keep" and self.config.free_cache_engine:
             self._say_unsafe(obstacles)
 
+    async def _configure_workers(self, kv_rung: str) -> list[dict[str, Any]]:
+        """Hand the decisions to vLLM's workers; what each of them is, and the rung that it found."""
+        reports: list[dict[str, Any]] = await self.engine.collective_rpc(
+            "ascend_safe_configure",
+            kwargs={
+                "kv_rung": kv_rung,
+                "weight_path": self._decisions["weight_path"].value,
+                "verify": self._options.verify,
+            },
+        )
+        return reports
+
     def _say_unsafe(self, obstacles: list[str]) -> None:
         why = "; ".join(obstacles) or self._decisions["kv_rung"].reason
         sentence = f"The KV cache's memory stays allocated during training: {why}"
@@ -167,6 +173,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
     async def sleep(self) -> None:
         """Give memory back, as far as it can be.  Requests that come in meanwhile wait; those in flight are aborted,
         as verl's own sleep does it."""
+        self._paused_for_sync = False  # from here on it is the sleep that pauses
         if self._rung == "sleep":
             await super().sleep()
             return
@@ -187,6 +194,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
 
     async def release_kv_cache(self) -> None:
         """Give the KV cache's memory back for the time of a weight sync (trainer and rollout apart)."""
+        self._paused_for_sync = False
         if self._rung == "sleep":
             await super().release_kv_cache()
         elif self._frees_kv_cache():
@@ -211,6 +219,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
         Returns:
             What each worker did (`KVCacheChange` as a mapping).  A second call changes nothing.
         """
+        self._paused_for_sync = False
         # Aborts what runs, and clears the prefix cache: the blocks that it names are about to go.
         await self.engine.pause_generation(clear_cache=True)
         return await self._kv_step("free_cache_engine")
@@ -286,6 +295,11 @@ class AscendSafeHttpServer(vLLMHttpServer):
             self._paused_for_sync = False
             await self.engine.resume_generation()
         self._emit("sync", time.perf_counter() - started, {})
+
+    async def abort_all_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """See verl's.  It pauses the engine until `resume_generation`, which a weight sync must not do for it."""
+        self._paused_for_sync = False
+        return await super().abort_all_requests(*args, **kwargs)
 
     async def doubt_weights(self, reason: str) -> None:
         """Refuse to generate until a full weight sync has passed: the trainer knows that the last one was not whole."""

@@ -19,7 +19,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl_ascend_rollout import events, plugin
 from verl_ascend_rollout.worker import kv_cache
 from verl_ascend_rollout.worker.weights import layerwise
-from verl_ascend_rollout.worker.weights.verify import Manifest
+from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 
 logger = logging.getLogger("verl_ascend_rollout.worker")
 
@@ -90,14 +90,27 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
         """Receive a full set of weights and load it.  Overrides verl's method; same arguments.
 
         Raises:
-            WeightSyncError: the stream was not the whole model; the server then refuses to generate.
+            WeightSyncError: the stream was not the whole model, or the engine holds more than plain weights (LoRA,
+                quantization, a drafter), which this path does not load; the server then refuses to generate.
         """
         adapter_only = bool(peft_config) and base_sync_done
         if adapter_only or getattr(self, "_ascend_safe_weight_path", "verl") != "layerwise_reload":
             super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
             return
+        from verl.utils.vllm.vllm_quant_utils import is_quantized_model
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
+        beyond = {
+            "LoRA adapters": bool(peft_config),
+            "quantized weights": is_quantized_model(self.model_runner.vllm_config),
+            "an MTP drafter": self._use_mtp_drafter_weight_sync(),
+        }
+        found = [what for what, there in beyond.items() if there]
+        if found:
+            raise WeightSyncError(
+                f"On a CPU the weight sync of {' and '.join(found)} is not supported: train without, or on an "
+                "accelerator"
+            )
         # vLLM's CPU worker has its device; some others leave it unset (verl 0.9.1, vllm_rollout/utils.py:243).
         device: torch.device = getattr(self, "device", None) or torch.device("cpu")
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=device, use_shm=use_shm)
