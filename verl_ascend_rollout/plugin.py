@@ -32,6 +32,10 @@ OLDEST_VERL = "0.9.0"
 
 ADAPTER = "verl_ascend_rollout.trainer.adapter.AscendSafeServerAdapter"
 
+LOADER_MODULE = "vllm.model_executor.model_loader.base_loader"
+LAYOUT_HOOK = "verl_ascend_rollout.worker.weights.layout:watch_new_models"
+"""What records the layout of every model's weights, and the module whose `initialize_model` makes the models."""
+
 _registered: list[str] = []
 _refusals: list[str] = []
 
@@ -81,8 +85,13 @@ def register_in_vllm() -> None:
     """The entry point of `vllm.general_plugins`: called, perhaps more than once, in every vLLM process.
 
     vLLM's own processes need nothing registered until our worker extension is imported; importing verl here would only
-    make a stand-alone vLLM slower.  Said at DEBUG, so that `VLLM_LOGGING_LEVEL=DEBUG` shows that the plug-in is seen.
+    make a stand-alone vLLM slower.  What must be there before a model is made is the record of its layouts.  Said at
+    DEBUG, so that `VLLM_LOGGING_LEVEL=DEBUG` shows that the plug-in is seen.
     """
+    import wrapt
+
+    # By name, so that nothing is imported before vLLM imports its loaders.  A second hook changes nothing.
+    wrapt.register_post_import_hook(LAYOUT_HOOK, LOADER_MODULE)
     logger.debug("verl_ascend_rollout %s is seen by vLLM in process %d", __version__, os.getpid())
 
 

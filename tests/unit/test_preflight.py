@@ -118,6 +118,10 @@ ROLLOUT = "actor_rollout_ref__rollout"
             ["verl asks Ray for 8 GPU", "this machine offers 1 (ray_kwargs.ray_init.num_gpus)", "n_gpus_per_node"],
         ),
         ({f"{RAY}__num_gpus": "many"}, ["ray_kwargs.ray_init.num_gpus=many must be a number"]),
+        (
+            {f"{RAY}__num_cpus": 2},
+            ["3 CPUs with each trainer worker", "this machine offers 2", "+ray_kwargs.ray_init.num_cpus"],
+        ),
         ({"trainer__n_gpus_per_node": "all"}, ["trainer.n_gpus_per_node=all", "must be whole numbers"]),
         ({"trainer__device": "cuda"}, ["trainer.device=cuda on a machine without an accelerator", "device=cpu"]),
         ({f"{ROLLOUT}__engine_kwargs__ascend_safe": {"kv_rung": "sleep"}}, ["kv_rung=sleep cannot work"]),

@@ -169,6 +169,26 @@ def _cluster_settings(config: Any, cluster: str) -> Iterator[str]:
         )
 
 
+CPUS_FOR_A_WORKER = 3
+"""verl's placement groups hold one for each role that may share a device (verl 0.9.1, RayResourcePool,
+max_colocate_count=3)."""
+
+
+def _ray_would_find(resource: str) -> int:
+    """How many devices of a kind a Ray that is started here finds by itself; 0 where Ray cannot be asked.
+
+    For NPUs Ray asks pyACL first, which knows devices that have no file in /dev (ray 2.60,
+    _private/accelerators/npu.py:52).
+    """
+    try:
+        from ray._private.accelerators import get_accelerator_manager_for_resource
+
+        return int(get_accelerator_manager_for_resource(resource).get_current_node_num_accelerators())
+    except Exception:
+        # A private name of Ray's, which then asks the vendor's library: the files in /dev are enough without.
+        return 0
+
+
 def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
     """Whether a Ray that is started here will have a device for each trainer worker."""
     trainer = config.trainer
@@ -189,7 +209,8 @@ def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
     if offered is not None and (isinstance(offered, bool) or not isinstance(offered, int | float)):
         yield f"{setting}={offered} must be a number: how many devices Ray offers to this job"
         return
-    have = facts.device_count if offered is None else offered
+    cpus = ray_init.get("num_cpus") or os.cpu_count() or 0
+    have = max(facts.device_count, _ray_would_find(facts.ray_resource)) if offered is None else offered
     if facts.name == "cpu" and offered is None:
         yield (
             f"Ray has no resource {facts.ray_resource!r} on a machine without an accelerator, and verl asks for "
@@ -202,6 +223,12 @@ def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
             f"trainer.nnodes={nodes}) and this machine offers {have}"
             + ("" if offered is None else f" ({setting})")
             + ": lower trainer.n_gpus_per_node, or join a cluster with ray_kwargs.ray_init.address"
+        )
+    elif isinstance(cpus, int | float) and cpus < CPUS_FOR_A_WORKER * per_node:
+        yield (
+            f"verl asks Ray for {CPUS_FOR_A_WORKER} CPUs with each trainer worker, {CPUS_FOR_A_WORKER * per_node} on a "
+            f"node, and this machine offers {cpus}, so that the job would wait for ever: set "
+            "+ray_kwargs.ray_init.num_cpus to more (they are logical slots; 8 is enough for one worker)"
         )
     if facts.name == "cpu" and trainer.get("device") != "cpu":
         yield (

@@ -185,6 +185,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
         """Take memory back.  Weights are never given away without sleep mode, so waking them alone is nothing."""
         if self._rung == "sleep":
             await super().wake_up(tags=tags)
+            await self._settle_weights()
             await self._reset_prefix_cache()
             return
         if self.node_rank != 0 or self.rollout_mode == RolloutMode.STANDALONE:
@@ -242,6 +243,12 @@ class AscendSafeHttpServer(vLLMHttpServer):
         self._doubts.pop("KV cache", None)
         await self.engine.resume_generation()
         return changes
+
+    async def _settle_weights(self) -> None:
+        """vllm-ascend 0.13 to 0.26 leaves the experts in checkpoint form after a wake-up, ready for a load that a
+        reward model, or an adapter-only sync, never does."""
+        if self._decisions["weight_path"].value == "in_place":
+            await self.engine.collective_rpc("ascend_safe_settle")
 
     async def _kv_step(self, method: str) -> list[dict[str, Any]]:
         try:

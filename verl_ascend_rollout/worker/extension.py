@@ -18,7 +18,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from verl_ascend_rollout import events, plugin
 from verl_ascend_rollout.worker import kv_cache
-from verl_ascend_rollout.worker.weights import layerwise
+from verl_ascend_rollout.worker.weights import in_place, layerwise, moe
 from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 
 logger = logging.getLogger("verl_ascend_rollout.worker")
@@ -32,7 +32,8 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
 
         Args:
             kv_rung: the rung that the policy chose, or `auto`.
-            weight_path: `layerwise_reload` (Repacked kernels: every layer rebuilt) or `verl` (verl's own sequence).
+            weight_path: `layerwise_reload` (repacked kernels: every layer rebuilt), `in_place` (transposed kernels:
+                loaded through views), or `verl` (verl's own sequence).
             verify: `first`, `always` or `off`.
 
         Returns:
@@ -74,6 +75,12 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
         """
         return self._ascend_safe_kv_step("init")
 
+    def ascend_safe_settle(self) -> list[str]:
+        """Put weights that a wake-up left in checkpoint form into kernel form; their names (see `moe.settle`)."""
+        if self._ascend_safe_path() != "in_place":
+            return []
+        return moe.settle(in_place.unwrapped(self.model_runner))
+
     def ascend_safe_memory(self) -> dict[str, int]:
         """Bytes that the KV tensors hold, and the process's resident memory: `kv_bytes`, `rss`, `pid`."""
         import psutil
@@ -94,8 +101,10 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
                 quantization, a drafter), which this path does not load; the server then refuses to generate.
         """
         adapter_only = bool(peft_config) and base_sync_done
-        if adapter_only or getattr(self, "_ascend_safe_weight_path", "verl") != "layerwise_reload":
+        if adapter_only or self._ascend_safe_path() == "verl":
             super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
+            # An adapter-only sync processes nothing, and a wake-up may have left the experts in checkpoint form.
+            self.ascend_safe_settle()
             return
         from verl.utils.vllm.vllm_quant_utils import is_quantized_model
         from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
@@ -108,8 +117,8 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
         found = [what for what, there in beyond.items() if there]
         if found:
             raise WeightSyncError(
-                f"On a CPU the weight sync of {' and '.join(found)} is not supported: train without, or on an "
-                "accelerator"
+                f"The weight sync of {' and '.join(found)} is not supported on this platform "
+                f"(weight path {self._ascend_safe_path()}): train without"
             )
         # vLLM's CPU worker has its device; some others leave it unset (verl 0.9.1, vllm_rollout/utils.py:243).
         device: torch.device = getattr(self, "device", None) or torch.device("cpu")
@@ -124,7 +133,8 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
                 try:
                     # `tensor.to("cpu")` is the bucket itself on a CPU, and the layerwise reload keeps what it is given
                     # until a layer is whole, when the sender has long written the next bucket over it.
-                    load((name, tensor.clone()) for name, tensor in weights)
+                    keeps = self._ascend_safe_path() == "layerwise_reload"
+                    load((name, tensor.clone() if keeps else tensor) for name, tensor in weights)
                 except Exception as error:
                     # The rest of the stream is still taken off the sender's hands, or it would wait for ever.  The
                     # frames go: they hold the bucket, and closing it would fail with an error that hides this one.
@@ -157,7 +167,7 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
     # ------------------------------------------------------------------------------------------------------------
 
     def _ascend_safe_reload(self, receive: Any) -> dict[str, Any]:
-        """One full sync of every model on this worker, through the layerwise bracket."""
+        """One full sync of every model on this worker, through the bracket that fits its kernels."""
         from vllm.config import set_current_vllm_config
 
         self._ascend_safe_syncs = getattr(self, "_ascend_safe_syncs", 0) + 1
@@ -169,10 +179,12 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
         )
         started = time.perf_counter()
         runner = self.model_runner
+        reload = in_place.reload if self._ascend_safe_path() == "in_place" else layerwise.reload
+        model = in_place.unwrapped(runner)
         with (
             torch.no_grad(),
             set_current_vllm_config(runner.vllm_config),
-            layerwise.reload(runner.model, runner.vllm_config.model_config, manifest) as load,
+            reload(model, runner.vllm_config.model_config, manifest) as load,
         ):
             receive(load)
         summary = {
@@ -185,7 +197,7 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
                 step="sync",
                 process="worker",
                 seconds=float(summary["seconds"]),
-                detail={"tensors": summary["tensors"], "bytes": summary["bytes"], "path": "layerwise"},
+                detail={"tensors": summary["tensors"], "bytes": summary["bytes"], "path": self._ascend_safe_path()},
             )
         )
         logger.info("weight sync %d: %s", self._ascend_safe_syncs, summary)
@@ -194,6 +206,8 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
     def _ascend_safe_kv_step(self, action: str) -> dict[str, Any]:
         rung = self._ascend_safe_rung()
         change = kv_cache.free(self, rung) if action == "free" else kv_cache.init(self, rung)
+        if rung == "sleep":
+            self.ascend_safe_settle()
         events.emit(
             events.Event(
                 step=action,
@@ -207,6 +221,9 @@ class AscendSafeWorkerExtension(vLLMColocateWorkerExtension):
             )
         )
         return dataclasses.asdict(change)
+
+    def _ascend_safe_path(self) -> str:
+        return getattr(self, "_ascend_safe_weight_path", "verl")
 
     def _ascend_safe_rung(self) -> kv_cache.Rung:
         found: kv_cache.Probe | None = getattr(self, "_ascend_safe_probe", None)

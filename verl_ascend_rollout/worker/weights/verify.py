@@ -6,6 +6,7 @@ reason.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -51,11 +52,12 @@ class Manifest:
             self._not_finite.append(name)
         return True
 
-    def check(self, missing: list[str]) -> None:
+    def check(self, missing: list[str], duplicates: Sequence[str] = ()) -> None:
         """Raise if the sync was not the whole model.
 
         Args:
             missing: the model's own names of parameters that nothing was loaded into.
+            duplicates: parts of the model that were written more than once, by tensors of different names.
 
         Raises:
             WeightSyncError: listing missing, duplicate and not-finite tensors, all at once.
@@ -64,7 +66,7 @@ class Manifest:
             missing = []
         findings = [
             _list_names("missing from the stream", missing),
-            _list_names("sent more than once", self._duplicates),
+            _list_names("sent more than once", [*self._duplicates, *duplicates]),
             _list_names("holding NaN or Inf", self._not_finite),
         ]
         found = [finding for finding in findings if finding]

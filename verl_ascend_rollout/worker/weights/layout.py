@@ -1,0 +1,197 @@
+"""Which layout each weight has in its kernel, recorded when the layer is made and never guessed afterwards.
+
+A layer's `process_weights_after_loading` may leave a weight as it came (`identity`), swap its last two axes
+(`transposed`: vllm-ascend's experts in every release from 0.11 on), or make something of it that is no view of the
+checkpoint's form (`repacked`: oneDNN, AMX, shuffles, FRACTAL_NZ).  What it did is found here by looking: a sample of
+the weight's elements is taken before and looked for after.  Shapes would not tell: with hidden == 2 * intermediate / tp
+the two forms of `w13_weight` have the same shape, and guessing by it is silently wrong (verl 0.8.0, npu_vllm_patch.py;
+the loaders of vllm-ascend 0.11.0, ops/common_fused_moe.py:336).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+Layout = Literal["identity", "transposed", "repacked", "unknown"]
+
+RECORD = "_ascend_safe_layout"
+"""The attribute of a layer that holds its LayerRecord."""
+
+SAMPLE = 4096
+"""Elements looked at for each weight.  Two layouts of random bf16 weights agree in all of them by chance never."""
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """One weight as the checkpoint has it, and what became of it.
+
+    Attributes:
+        layout: `unknown` where the weight is constant and square, so that looking cannot tell.
+        shape: in checkpoint form, for this rank.
+        dtype: in checkpoint form.
+        attributes: what vLLM had set on the parameter, `weight_loader` before all; vllm-ascend 0.11 to 0.26 makes new
+            parameters without them.
+    """
+
+    layout: Layout
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """A layer whose weights were processed after loading.
+
+    Attributes:
+        weights: its own parameters by name.
+        derived: names of tensors that the processing made beside them, such as vllm-ascend's fp32 copy of the router
+            (`weight_fp32`, 0.23 to main, ops/linear.py): they go stale with every weight that is loaded.
+    """
+
+    weights: Mapping[str, WeightRecord]
+    derived: tuple[str, ...]
+
+
+def watch_new_models(module: Any) -> None:
+    """Record the layouts of every model that vLLM makes in this process from now on.  A second call does nothing.
+
+    `initialize_model` is the one step that every loader shares (vLLM 0.11 to 0.28, base_loader.py); the processing
+    itself cannot be wrapped once for all, since vllm-ascend replaces it (0.23, patch_process_weights_after_loading.py).
+
+    Args:
+        module: vLLM's model_loader/base_loader.py, just imported.
+    """
+    original: Callable[..., torch.nn.Module] = module.initialize_model
+    if hasattr(original, "_ascend_safe_patched"):
+        return
+
+    @functools.wraps(original)
+    def initialize_model(*args: Any, **kwargs: Any) -> torch.nn.Module:
+        model = original(*args, **kwargs)
+        watch(model)
+        return model
+
+    initialize_model._ascend_safe_patched = True  # type: ignore[attr-defined]
+    module.initialize_model = initialize_model
+
+
+def watch(model: torch.nn.Module) -> None:
+    """Record each layer of `model` when its weights are next processed after loading; then let go of it."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if hasattr(method, "process_weights_after_loading") and not hasattr(layer, RECORD):
+            _watch_method(method)
+
+
+def record(layer: torch.nn.Module) -> LayerRecord | None:
+    """What was recorded of a layer; `None` where its weights were never processed, or before we were there."""
+    found: LayerRecord | None = getattr(layer, RECORD, None)
+    return found
+
+
+def recorded_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, LayerRecord]]:
+    """Prefix, layer and record of each layer that has one."""
+    for prefix, layer in model.named_modules():
+        found = record(layer)
+        if found is not None:
+            yield prefix, layer, found
+
+
+def _watch_method(method: Any) -> None:
+    """Let the method (one object a layer, or one for several) record what it does to a layer the first time."""
+    if "process_weights_after_loading" in vars(method):
+        return  # watched already
+    process = method.process_weights_after_loading
+
+    @functools.wraps(process)
+    def process_and_record(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(layer, RECORD):
+            return process(layer, *args, **kwargs)
+        before = {name: _Look.at(parameter) for name, parameter in layer.named_parameters(recurse=False)}
+        tensors = set(_tensors(layer))
+        result = process(layer, *args, **kwargs)
+        after = _tensors(layer)
+        setattr(
+            layer,
+            RECORD,
+            LayerRecord(
+                weights={name: look.record(after.get(name)) for name, look in before.items()},
+                derived=tuple(sorted(set(after) - tensors)),
+            ),
+        )
+        return result
+
+    method.process_weights_after_loading = process_and_record
+
+
+def _tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The layer's own tensors by name: parameters, buffers, and plain attributes."""
+    found: dict[str, torch.Tensor] = dict(layer.named_parameters(recurse=False))
+    found.update(layer.named_buffers(recurse=False))
+    found.update({name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)})
+    return found
+
+
+@dataclass(frozen=True)
+class _Look:
+    """A sample of a weight in checkpoint form."""
+
+    positions: tuple[torch.Tensor, ...]
+    bits: torch.Tensor
+    address: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    attributes: dict[str, Any]
+
+    @classmethod
+    def at(cls, weight: torch.Tensor) -> _Look:
+        # A generator of its own: the engine's random numbers must not depend on being watched.
+        generator = torch.Generator().manual_seed(0)
+        positions = tuple(
+            torch.randint(max(size, 1), (SAMPLE,), generator=generator).to(weight.device) for size in weight.shape
+        )
+        return cls(
+            positions=positions,
+            bits=_bits_at(weight, positions),
+            address=weight.data_ptr(),
+            shape=tuple(weight.shape),
+            stride=weight.stride(),
+            dtype=weight.dtype,
+            attributes=dict(vars(weight)),
+        )
+
+    def record(self, after: torch.Tensor | None) -> WeightRecord:
+        return WeightRecord(self._layout(after), self.shape, self.dtype, self.attributes)
+
+    def _layout(self, after: torch.Tensor | None) -> Layout:
+        if after is None or after.dtype != self.dtype or after.numel() == 0 or self.bits.numel() == 0:
+            return "repacked"
+        swapped = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if len(self.shape) > 1 else None
+        same = tuple(after.shape) == self.shape and torch.equal(_bits_at(after, self.positions), self.bits)
+        turned = (
+            swapped is not None
+            and tuple(after.shape) == swapped
+            and torch.equal(_bits_at(after, (*self.positions[:-2], self.positions[-1], self.positions[-2])), self.bits)
+        )
+        untouched = (after.data_ptr(), after.stride()) == (self.address, self.stride)
+        if same and (untouched or not turned):
+            return "identity"
+        if turned and not same:
+            return "transposed"
+        return "unknown" if same and turned else "repacked"
+
+
+def _bits_at(weight: torch.Tensor, positions: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The sampled elements as integers, so that a NaN equals itself."""
+    if weight.numel() == 0:
+        return torch.empty(0, dtype=torch.int8)
+    values = weight.detach()[positions] if positions else weight.detach().reshape(1)
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    return values.contiguous().view(integer).cpu()
