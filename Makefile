@@ -11,8 +11,11 @@ BIN := $(VENV)/bin
 UV := eval "$$($(BIN)/python requirements/pip_settings.py)"; $(BIN)/uv
 STEPS ?= 12
 PYTEST_ARGS ?=
+NPU_DEFAULT := $(shell sed -n 's/^default = "\(.*\)"/\1/p' tests/npu_emulator/stacks.toml)
+STACK ?= $(NPU_DEFAULT)
+NPU_VENV := .venv-npu$(addprefix -,$(filter-out $(NPU_DEFAULT),$(STACK)))
 
-.PHONY: help setup demo test unit lint lock clean
+.PHONY: help setup demo test unit lint lock npu npu-setup clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -56,5 +59,14 @@ lock: setup ## compile requirements/ again
 	$(UV) $(COMPILE) --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 		--override requirements/npu.overrides.txt --extra npu pyproject.toml -o requirements/npu.txt
 
+# No NPU and no CANN: tests/npu_emulator/README.md, whose "Traps" say why the two variables.
+npu-setup: ## torch-npu and vllm-ascend on a stand-in CANN, in .venv-npu (STACK=0.18: another release)
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 was found: set PYTHON=/path/to/python" >&2; exit 2; }
+	$(PYTHON) tests/npu_emulator/build.py --stack $(STACK) --venv $(NPU_VENV)
+
+npu: npu-setup ## tests/npu, on that
+	PYTHONDONTWRITEBYTECODE= TVM_FFI_DISABLE_TORCH_C_DLPACK=1 FAKE_NPU_STACK=$(STACK) \
+		$(NPU_VENV)/bin/python -m pytest tests/npu $(PYTEST_ARGS)
+
 clean: ## remove what was made here
-	rm -rf $(VENV) outputs dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-npu* outputs dist .pytest_cache .mypy_cache .ruff_cache

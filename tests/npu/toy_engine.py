@@ -6,6 +6,7 @@ on the CPU, in bf16.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,12 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_ASCEND_ENABLE_NZ", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-EXTENSION = "verl_ascend_rollout.worker.extension.AscendSafeWorkerExtension"
+# Under verl where the stack has it; the same without verl's transport elsewhere.
+EXTENSION = (
+    "verl_ascend_rollout.worker.extension.AscendSafeWorkerExtension"
+    if importlib.util.find_spec("verl")
+    else "verl_ascend_rollout.worker.lifecycle.AscendSafeLifecycle"
+)
 PROMPTS = [[5, 6, 7, 8, 9], [100, 3, 44], [1] * 20, [11 + 7 * i % 480 for i in range(70)]]
 MAX_TOKENS = 8
 TOLERANCE = 0.01
@@ -113,11 +119,46 @@ def make_checkpoint(folder: Path, seed: int, **changes: Any) -> Checkpoint:
     }
     torch.manual_seed(seed)
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**shape))
+    randomise(model)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return Checkpoint(folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
+
+
+def make_qwen3_checkpoint(folder: Path, seed: int) -> Checkpoint:
+    """A Qwen3-MoE-shaped toy, whose router vllm-ascend runs inside the experts' layer."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=512,
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            max_position_embeddings=512,
+            norm_topk_prob=True,
+            tie_word_embeddings=False,
+        )
+    )
+    randomise(model)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return Checkpoint(folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
+
+
+def randomise(model: Any) -> None:
+    """Make every tensor random: a bias of zero or a norm of one would hide that it was not loaded."""
+    import torch
+
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return Checkpoint(folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
 
 
 def make_llm(path: Path, **changes: Any) -> Any:

@@ -173,6 +173,8 @@ class _Look:
     def _layout(self, after: torch.Tensor | None) -> Layout:
         if after is None or after.dtype != self.dtype or after.numel() == 0 or self.bits.numel() == 0:
             return "repacked"
+        if _has_internal_format(after):
+            return "repacked"
         swapped = (*self.shape[:-2], self.shape[-1], self.shape[-2]) if len(self.shape) > 1 else None
         same = tuple(after.shape) == self.shape and torch.equal(_bits_at(after, self.positions), self.bits)
         turned = (
@@ -186,6 +188,23 @@ class _Look:
         if turned and not same:
             return "transposed"
         return "unknown" if same and turned else "repacked"
+
+
+BASE_FORMATS = frozenset({-1, 0, 1, 2, 30})
+"""aclFormat of tensors whose bytes lie as their strides say: undefined, NCHW, NHWC, ND, NCDHW (CANN, acl_base.h)."""
+
+
+def _has_internal_format(weight: torch.Tensor) -> bool:
+    """Whether an NPU tensor is stored in tiles, such as FRACTAL_NZ (29).
+
+    Reading it converts, so its elements look right; a copy from the host into a view of it does not, and overwrites
+    others (torch-npu's CopyKernel).
+    """
+    if weight.device.type != "npu":
+        return False
+    import torch_npu
+
+    return int(torch_npu.get_npu_format(weight)) not in BASE_FORMATS
 
 
 def _bits_at(weight: torch.Tensor, positions: tuple[torch.Tensor, ...]) -> torch.Tensor:

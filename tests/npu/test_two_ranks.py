@@ -1,0 +1,63 @@
+"""Tensor and expert parallelism on two emulated NPUs, over HCCL in shared memory, against one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.version import Version
+from test_field_bugs import in_a_process_of_its_own
+from toy_engine import TOLERANCE, Answer, Checkpoint, Engine
+
+pytestmark = pytest.mark.engine
+
+RELEASE = Version(importlib.metadata.version("vllm-ascend")).release[:2]
+
+
+@pytest.fixture
+def folder(checkpoints: list[Checkpoint], tmp_path: Path) -> Path:
+    for number in (0, 1):
+        (tmp_path / f"model{number}").symlink_to(checkpoints[number].path)
+    return tmp_path
+
+
+def largest_difference(one: list[Answer], other: list[Any]) -> float:
+    pairs = zip(one, other, strict=True)
+    return max(abs(a - b) for (_, first), (_, second) in pairs for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("case", ["tensor_parallel", "expert_parallel"])
+def test_two_ranks_answer_as_one_does(
+    case: str, folder: Path, engine: Engine, checkpoints: list[Checkpoint], report: Any
+) -> None:
+    engine.call("ascend_safe_reload_from_disk", str(checkpoints[0].path))
+    alone = engine.answers()
+    found = in_a_process_of_its_own(case, folder, script="two_rank_cases.py")
+    assert [tokens for tokens, _ in found["fresh"]] == [tokens for tokens, _ in alone]
+    difference = largest_difference(alone, found["fresh"])
+    report(f"{case}: two ranks against one, log-probs", difference)
+    assert difference < TOLERANCE
+    assert found["after init"] == found["fresh"]
+    assert [change["changed"] for change in found["free"] + found["init"]] == [True] * 4
+    for number, checkpoint in enumerate((checkpoints[1], checkpoints[0], checkpoints[1]), start=1):
+        gap = checkpoint.gap(found[f"sync {number}"])
+        report(f"{case}: sync {number} on two ranks", gap)
+        assert gap < TOLERANCE
+
+
+def test_level_2_sleep_loses_the_dispatchers_expert_ids(folder: Path, report: Any) -> None:
+    """verl#7086: a plain tensor in the weights' pool, which neither a sync nor the saved buffers bring back.
+
+    vllm-ascend registers it as a buffer from 0.28 on.  Our policy sleeps at level 1 in every release.
+    """
+    from verl_ascend_rollout import policy
+    from verl_ascend_rollout.platforms import npu
+
+    found = in_a_process_of_its_own("sleep_level_2", folder, script="two_rank_cases.py")
+    assert found["before"][0] is not None
+    assert found["level 1"] == found["before"]
+    assert (found["level 2"] != found["before"]) == (RELEASE < (0, 28))
+    assert policy.decide(npu.describe(), policy.Wishes(expert_parallel_size=2))["sleep_level"].value == 1
+    report("expert ids after level-2 sleep with EP", "kept" if found["level 2"] == found["before"] else "lost (stock)")

@@ -1,0 +1,94 @@
+"""Engines on two emulated NPUs, each with worker processes of its own:  two_rank_cases.py CASE FOLDER OUT.json
+
+FOLDER holds the checkpoints model0 and model1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("FAKE_CANN_DEVICES", "2")
+# A function of ours is sent to the workers, to look at what no method shows.
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+
+from toy_engine import EXTENSION, Checkpoint, Engine, make_llm
+
+
+def tensor_parallel(folder: Path, expert_parallel: bool = False) -> dict[str, Any]:
+    """Answers after a fresh load, after a free and init, and after three syncs with a sleep before each."""
+    old, new = (Checkpoint(folder / f"model{number}", None) for number in (0, 1))
+    engine = start(old, expert_parallel)
+    found: dict[str, Any] = {"fresh": engine.answers()}
+    found["free"] = engine.llm.collective_rpc("free_cache_engine")
+    found["init"] = engine.llm.collective_rpc("init_cache_engine")
+    found["after init"] = engine.answers()
+    for number, checkpoint in enumerate((new, old, new), start=1):
+        engine.llm.sleep(level=1)
+        engine.llm.wake_up(tags=["weights"])
+        engine.llm.collective_rpc("ascend_safe_reload_from_disk", args=(str(checkpoint.path),))
+        engine.llm.wake_up(tags=["kv_cache"])
+        engine.llm.collective_rpc("ascend_safe_settle")
+        found[f"sync {number}"] = engine.answers()
+    return found
+
+
+def expert_parallel(folder: Path) -> dict[str, Any]:
+    """The same with the experts spread over both ranks."""
+    return tensor_parallel(folder, expert_parallel=True)
+
+
+def sleep_level_2(folder: Path) -> dict[str, Any]:
+    """What each sleep level makes of the expert ids that vllm-ascend's all-to-all dispatcher keeps (verl#7086)."""
+    engine = start(Checkpoint(folder / "model0", None), expert_parallel=True)
+    found: dict[str, Any] = {"before": engine.llm.collective_rpc(dispatcher_expert_ids)}
+    for level in (1, 2):
+        engine.llm.sleep(level=level)
+        engine.llm.wake_up(tags=["weights"])
+        engine.llm.collective_rpc("ascend_safe_reload_from_disk", args=(str(folder / "model0"),))
+        engine.llm.wake_up(tags=["kv_cache"])
+        engine.llm.collective_rpc("ascend_safe_settle")
+        found[f"level {level}"] = engine.llm.collective_rpc(dispatcher_expert_ids)
+    return found
+
+
+def dispatcher_expert_ids(worker: Any) -> list[int] | None:
+    """`expert_ids_per_ep_rank` of the all-to-all dispatcher on this rank; None where there is no such dispatcher."""
+    import importlib
+
+    for package in ("fused_moe", "moe"):  # 0.13 and later; 0.11
+        try:
+            methods = importlib.import_module(f"vllm_ascend.ops.{package}.moe_comm_method")._MoECommMethods
+        except ImportError:
+            continue
+        for method in methods.values():
+            ids = getattr(method.token_dispatcher, "expert_ids_per_ep_rank", None)
+            if ids is not None:
+                return [int(number) for number in ids.cpu()]
+    return None
+
+
+def start(checkpoint: Checkpoint, expert_parallel: bool) -> Engine:
+    engine = Engine(
+        make_llm(
+            checkpoint.path,
+            worker_extension_cls=EXTENSION,
+            tensor_parallel_size=2,
+            enable_expert_parallel=expert_parallel,
+        )
+    )
+    engine.llm.collective_rpc(
+        "ascend_safe_configure", kwargs={"kv_rung": "auto", "weight_path": "in_place", "verify": "always"}
+    )
+    return engine
+
+
+CASES = {case.__name__: case for case in (tensor_parallel, expert_parallel, sleep_level_2)}
+
+
+if __name__ == "__main__":
+    case, folder, out = sys.argv[1:]
+    Path(out).write_text(json.dumps(CASES[case](Path(folder))))
