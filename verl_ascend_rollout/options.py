@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -31,14 +32,18 @@ class AscendSafeOptions:
         on_unsafe: what to do where no safe way exists to give the KV cache back: `keep` the memory and warn, or stop
             with an `error`.
         kv_rung: the rung of the KV-cache ladder to use; `auto` takes the first that works here.
-        verify: which weight syncs have their values checked for NaN and Inf: all (`always`), the `first`, or none
-            (`off`).  That every parameter came, once, is checked at every sync unless `off`.
+        verify: which weight syncs have their values checked for NaN and Inf, and their checksums compared where weights
+            go through shared memory: all (`always`), the `first`, or none (`off`).  That every parameter came, once,
+            is checked at every sync unless `off`.
+        sync_timeout: seconds for which a weight sync through shared memory waits for the other side before it fails:
+            for a worker to come, for one bucket to be filled or loaded, for the worker to finish.
         events: a file to which every lifecycle step is appended as one JSON line; `None` writes none.
     """
 
     on_unsafe: OnUnsafe = "keep"
     kv_rung: KVRung = "auto"
     verify: Verify = "first"
+    sync_timeout: float = 600.0
     events: str | None = None
 
     @classmethod
@@ -69,6 +74,12 @@ class AscendSafeOptions:
             choices = _choices(hints[key])
             if choices and value not in choices:
                 problems.append(f"{key}={value!r} is not possible: choose one of {', '.join(choices)}")
+            elif hints[key] is float:
+                # bool is an int to Python.
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                    problems.append(f"{key}={value!r} is not possible: it takes a number of seconds above 0")
+                else:
+                    accepted[key] = float(value)
             elif not choices and not isinstance(value, str):
                 problems.append(f"{key}={value!r} is not possible: it takes a file path")
             else:

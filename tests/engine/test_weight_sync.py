@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,8 +140,35 @@ def test_a_sync_that_passes_does_not_wake_an_engine_that_went_to_sleep_after_one
 
 def test_weights_that_this_path_does_not_load_are_refused(server: Any, checkpoints: Any) -> None:
     tensors = checkpoints[1].tensors()
-    with pytest.raises(Exception, match="On a CPU the weight sync of LoRA adapters is not supported"):
+    with pytest.raises(Exception, match="The weight sync of LoRA adapters is not supported on this platform"):
         asyncio.run(server.adapter.update_weights(tensors, peft_config={"r": 8}, base_sync_done=False))
+
+
+@pytest.mark.parametrize(
+    ("use_shm", "workers", "on_a_node", "peft", "base_done", "own"),
+    [
+        (True, 4, 8, None, False, True),
+        (True, 4, 8, {"r": 8}, False, True),
+        # Adapters alone go by verl's receiver.
+        (True, 4, 8, {"r": 8}, True, False),
+        # Device memory is shared by verl's path.
+        (False, 4, 8, None, False, False),
+        # An engine on two nodes shares no memory.
+        (True, 16, 8, None, False, False),
+    ],
+)
+def test_which_transport_is_taken(
+    use_shm: bool, workers: int, on_a_node: int, peft: Any, base_done: bool, own: bool
+) -> None:
+    from verl_ascend_rollout.trainer.weight_sender import has_own_transport
+
+    assert has_own_transport(use_shm, workers, on_a_node, peft, base_done) is own
+
+
+def test_nothing_is_left_of_a_sync(server: Any, checkpoints: Any) -> None:
+    server.sync(checkpoints[1].tensors())
+    assert list(Path(tempfile.gettempdir()).glob("ascend_safe_weights-*")) == []
+    assert [name for name in os.listdir("/dev/shm") if "weights" in name] == []
 
 
 def test_a_sync_leaves_events_on_both_sides(server: Any, checkpoints: Any, events_file: Any) -> None:
@@ -147,4 +177,9 @@ def test_a_sync_leaves_events_on_both_sides(server: Any, checkpoints: Any, event
     worker = [event for event in recorded if event["process"] == "worker"][-1]
     assert worker["detail"]["tensors"] == sum(1 for _ in checkpoints[1].tensors())
     assert worker["detail"]["bytes"] == sum(tensor.nbytes for _, tensor in checkpoints[1].tensors())
+    trainer = [event for event in recorded if event["process"] == "trainer"][-1]
+    assert {name: trainer["detail"][name] for name in ("tensors", "bytes", "checksum")} == {
+        name: worker["detail"][name] for name in ("tensors", "bytes", "checksum")
+    }
+    assert trainer["detail"]["checksum"] is not None, "verify=always takes checksums"
     assert {"trainer", "server", "worker"} <= {event["process"] for event in recorded}

@@ -15,7 +15,13 @@ from verl_ascend_rollout.options import KEY, AscendSafeOptions, OptionError
 def test_nothing_given_is_the_defaults() -> None:
     defaults = AscendSafeOptions()
     assert AscendSafeOptions.from_mapping(None) == AscendSafeOptions.from_mapping({}) == defaults
-    assert defaults.as_dict() == {"on_unsafe": "keep", "kv_rung": "auto", "verify": "first", "events": None}
+    assert defaults.as_dict() == {
+        "on_unsafe": "keep",
+        "kv_rung": "auto",
+        "verify": "first",
+        "sync_timeout": 600.0,
+        "events": None,
+    }
 
 
 def test_null_is_the_default_and_leaves_the_others() -> None:
@@ -37,6 +43,11 @@ def test_every_value_that_is_documented_is_taken(name: str, value: str) -> None:
     assert AscendSafeOptions.from_mapping({name: value}).as_dict()[name] == value
 
 
+def test_seconds_are_a_number() -> None:
+    assert AscendSafeOptions.from_mapping({"sync_timeout": 30}).sync_timeout == 30.0
+    assert AscendSafeOptions.from_mapping({"sync_timeout": 0.5}).sync_timeout == 0.5
+
+
 def test_a_bare_off_in_yaml_is_the_word() -> None:
     given = yaml.safe_load("verify: off")
     assert given == {"verify": False}, "YAML 1.1 no longer reads `off` as False: the exception for it can go"
@@ -53,6 +64,10 @@ def test_a_bare_off_in_yaml_is_the_word() -> None:
         # False stands for "off" only where "off" is a choice.
         ({"kv_rung": False}, "kv_rung=False is not possible: choose one of auto, release_kv_cache, sleep, direct"),
         ({"on_unsafe": 1}, "on_unsafe=1 is not possible: choose one of keep, error"),
+        *(
+            ({"sync_timeout": bad}, f"sync_timeout={bad!r} is not possible: it takes a number of seconds above 0")
+            for bad in (0, -1.5, "600", True, float("inf"), float("nan"))
+        ),
         ({"events": 7}, "events=7 is not possible: it takes a file path"),
         ({"events": False}, "events=False is not possible: it takes a file path"),
     ],
@@ -74,7 +89,8 @@ def test_an_unknown_key_names_the_options_and_the_one_that_was_meant(key: str, m
     with pytest.raises(OptionError) as error:
         AscendSafeOptions.from_mapping({key: "x"})
     assert str(error.value) == (
-        f"{KEY}: unknown option {key!r} (did you mean {meant!r}?): the options are events, kv_rung, on_unsafe, verify"
+        f"{KEY}: unknown option {key!r} (did you mean {meant!r}?): the options are events, kv_rung, on_unsafe, "
+        "sync_timeout, verify"
     )
 
 

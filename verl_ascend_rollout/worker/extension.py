@@ -8,6 +8,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from verl_ascend_rollout import plugin
+from verl_ascend_rollout.transport.receiver import receive_weights
 from verl_ascend_rollout.worker.lifecycle import AscendSafeLifecycle
 from verl_ascend_rollout.worker.weights import layerwise
 from verl_ascend_rollout.worker.weights.verify import WeightSyncError
@@ -22,22 +23,38 @@ class AscendSafeWorkerExtension(AscendSafeLifecycle, vLLMColocateWorkerExtension
         return {**report, "registered": list(plugin.register())}
 
     def update_weights_from_ipc(
-        self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False
+        self,
+        peft_config: dict[str, Any] | None = None,
+        base_sync_done: bool = False,
+        use_shm: bool = False,
+        rendezvous: str | None = None,
+        timeout: float = 600.0,
     ) -> None:
-        """Receive a full set of weights and load it.  Overrides verl's method; same arguments.
+        """Receive a full set of weights and load it.  Overrides verl's method; two arguments more.
+
+        Args:
+            peft_config, base_sync_done, use_shm: see verl's method.
+            rendezvous: where the trainer listens, if the weights come by our transport; `None` if by verl's.
+            timeout: seconds that our transport waits for the trainer to send the next bucket.
 
         Raises:
+            TransportError: the weights did not arrive; with the reason.
             WeightSyncError: the stream was not the whole model, or the engine holds more than plain weights (LoRA,
                 quantization, a drafter), which this path does not load; the server then refuses to generate.
         """
         adapter_only = bool(peft_config) and base_sync_done
-        if adapter_only or self._ascend_safe_path() == "verl":
+        by_verl = adapter_only or self._ascend_safe_path() == "verl"
+        if by_verl and rendezvous is not None:
+            raise WeightSyncError(
+                "The trainer sends weights by this plug-in's transport and the rollout engine loads them by verl's own "
+                f"sequence (weight path {self._ascend_safe_path()}): trainer and rollout must be on one kind of device"
+            )
+        if by_verl:
             super().update_weights_from_ipc(peft_config=peft_config, base_sync_done=base_sync_done, use_shm=use_shm)
             # An adapter-only sync processes nothing, and a wake-up may have left the experts in checkpoint form.
             self.ascend_safe_settle()
             return
         from verl.utils.vllm.vllm_quant_utils import is_quantized_model
-        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
         beyond = {
             "LoRA adapters": bool(peft_config),
@@ -52,17 +69,24 @@ class AscendSafeWorkerExtension(AscendSafeLifecycle, vLLMColocateWorkerExtension
             )
         # vLLM's CPU worker has its device; some others leave it unset (verl 0.9.1, vllm_rollout/utils.py:243).
         device: torch.device = getattr(self, "device", None) or torch.device("cpu")
-        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=device, use_shm=use_shm)
 
-        def receive(load: layerwise.Loader) -> None:
+        def receive(load: layerwise.Loader) -> dict[str, Any]:
+            # Copies: the layerwise reload keeps what it is given until a layer is whole, when the sender has long
+            # written the next bucket over it.
+            came = receive_weights(rendezvous or "", load, rank=int(self.rank), device=device, timeout=timeout)
+            return {"transfer_seconds": came.seconds, "checksum": came.checksum}
+
+        def receive_by_verl(load: layerwise.Loader) -> None:
+            from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+
+            receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=device, use_shm=use_shm)
             failures: list[Exception] = []
 
             def on_bucket_received(weights: list[layerwise.NamedTensor], is_last: bool) -> None:
                 if failures:
                     return
                 try:
-                    # `tensor.to("cpu")` is the bucket itself on a CPU, and the layerwise reload keeps what it is given
-                    # until a layer is whole, when the sender has long written the next bucket over it.
+                    # `tensor.to("cpu")` is the bucket itself on a CPU.
                     keeps = self._ascend_safe_path() == "layerwise_reload"
                     load((name, tensor.clone() if keeps else tensor) for name, tensor in weights)
                 except Exception as error:
@@ -74,4 +98,4 @@ class AscendSafeWorkerExtension(AscendSafeLifecycle, vLLMColocateWorkerExtension
             if failures:
                 raise failures[0]
 
-        self._ascend_safe_reload(receive)
+        self._ascend_safe_reload(receive if rendezvous is not None else receive_by_verl)

@@ -114,7 +114,12 @@ class AscendSafeLifecycle:
     # ------------------------------------------------------------------------------------------------------------
 
     def _ascend_safe_reload(self, receive: Any) -> dict[str, Any]:
-        """One full sync of every model on this worker, through the bracket that fits its kernels."""
+        """One full sync of every model on this worker, through the bracket that fits its kernels.
+
+        Args:
+            receive: is given a function that loads (name, tensor) pairs, calls it until there are no more, and may
+                return more for the event.
+        """
         from vllm.config import set_current_vllm_config
 
         self._ascend_safe_syncs = getattr(self, "_ascend_safe_syncs", 0) + 1
@@ -133,7 +138,7 @@ class AscendSafeLifecycle:
             set_current_vllm_config(runner.vllm_config),
             reload(model, runner.vllm_config.model_config, manifest) as load,
         ):
-            receive(load)
+            received: dict[str, Any] = receive(load) or {}
         summary = {
             "tensors": len(manifest.names),
             "bytes": manifest.bytes,
@@ -144,7 +149,12 @@ class AscendSafeLifecycle:
                 step="sync",
                 process="worker",
                 seconds=float(summary["seconds"]),
-                detail={"tensors": summary["tensors"], "bytes": summary["bytes"], "path": self._ascend_safe_path()},
+                detail={
+                    "tensors": summary["tensors"],
+                    "bytes": summary["bytes"],
+                    "path": self._ascend_safe_path(),
+                    **received,
+                },
             )
         )
         logger.info("weight sync %d: %s", self._ascend_safe_syncs, summary)
