@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,21 @@ def test_which_transport_is_taken(
     from verl_ascend_rollout.trainer.weight_sender import has_own_transport
 
     assert has_own_transport(use_shm, workers, on_a_node, peft, base_done) is own
+
+
+def test_a_rank_that_does_not_call_the_engine_only_helps_to_make_the_weights(server: Any) -> None:
+    """All ranks of a trainer gather each tensor together: one that stopped early would leave the others waiting."""
+    adapter = copy.copy(server.adapter)
+    adapter._has_server = False
+    made = []
+
+    async def weights() -> AsyncIterator[tuple[str, torch.Tensor]]:
+        for number in range(3):
+            made.append(number)
+            yield f"weight.{number}", torch.ones(2)
+
+    asyncio.run(adapter.update_weights(weights(), global_steps=1))
+    assert made == [0, 1, 2]
 
 
 def test_nothing_is_left_of_a_sync(server: Any, checkpoints: Any) -> None:

@@ -84,6 +84,14 @@ def test_what_must_stay_light_imports_nothing_heavy_when_it_is_loaded(place: str
         ("worker", ("verl_ascend_rollout.trainer", "verl_ascend_rollout.server", "verl.trainer")),
         ("trainer", ("verl_ascend_rollout.server", "verl_ascend_rollout.worker")),
         ("server", ("verl_ascend_rollout.trainer", "verl_ascend_rollout.worker")),
+        # Both sides of a weight sync use it, and tests and benches without an engine.
+        (
+            "transport",
+            (
+                *(f"verl_ascend_rollout.{part}" for part in ("trainer", "server", "worker", "platforms", "policy")),
+                *("verl", "vllm", "ray", "pickle", "multiprocessing"),
+            ),
+        ),
         # Facts know nothing of the decisions that are made from them, and decisions nothing of who carries them out.
         ("platforms", ("verl_ascend_rollout.policy", "verl_ascend_rollout.plugin", "verl_ascend_rollout.compat")),
         ("policy.py", ("verl_ascend_rollout.plugin", "verl_ascend_rollout.checks", "verl_ascend_rollout.server")),

@@ -27,6 +27,9 @@ from verl_ascend_rollout.transport.sender import WeightSender
 
 SYNC_METHOD = "update_weights_from_ipc"
 
+FAILURE_SECONDS = 30.0
+"""How long a worker that broke off may take to say why."""
+
 
 class AscendSafeServerAdapter(ServerAdapter):
     """verl's adapter, which finds our server, and does not wait for a receiver that has failed."""
@@ -131,7 +134,7 @@ class AscendSafeServerAdapter(ServerAdapter):
         except Exception as error:
             if receiver is None:
                 raise
-            reason = await _failure_of(receiver, timeout)
+            reason = await _failure_of(receiver, min(timeout, FAILURE_SECONDS))
             await self._doubt_weights(error)
             # A worker that failed says so on the connection as well, in fewer words.
             if isinstance(error, PeerFailedError) and reason is not None:
