@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -16,6 +15,7 @@ import ray
 import torch
 
 from verl_ascend_rollout import events
+from verl_ascend_rollout.transport import rendezvous
 
 pytestmark = pytest.mark.engine
 
@@ -181,10 +181,21 @@ def test_a_rank_that_does_not_call_the_engine_only_helps_to_make_the_weights(ser
     assert made == [0, 1, 2]
 
 
-def test_nothing_is_left_of_a_sync(server: Any, checkpoints: Any) -> None:
+def test_nothing_is_left_of_a_sync(
+    server: Any, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def make_folder(base: str) -> tuple[str, int]:
+        made.append(original(base))
+        return made[-1]
+
+    original = rendezvous._make_locked_folder
+    monkeypatch.setattr(rendezvous, "_make_locked_folder", make_folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     server.sync(checkpoints[1].tensors())
-    assert list(Path(tempfile.gettempdir()).glob("ascend_safe_weights-*")) == []
-    assert [name for name in os.listdir("/dev/shm") if "weights" in name] == []
+    assert [Path(folder).parent for folder, _ in made] == [tmp_path]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sync_leaves_events_on_both_sides(server: Any, checkpoints: Any, events_file: Any) -> None:
