@@ -118,7 +118,9 @@ def test_the_label_names_what_is_real_and_what_is_not() -> None:
         ("torch.backends", "torch_npu"),
         ("torch.backends", "zz_fake_npu"),
         ("vllm.platform_plugins", "ascend"),
+        ("vllm.platform_plugins", "fake_npu_torchair"),
         ("vllm.general_plugins", "fake_npu"),
+        ("vllm.general_plugins", "fake_npu_device_print"),
         ("vllm.general_plugins", "ascend_safe"),
     ],
 )

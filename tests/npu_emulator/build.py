@@ -544,10 +544,10 @@ def make_toolkit(place: Place) -> str:
 
 
 def install_fake_npu(place: Place) -> str:
-    """The Python packages `fake_npu` and `acl`, and the program `npu-smi`, as pyproject.toml says."""
+    """The Python packages `fake_npu`, `acl` and `fla_npu`, and the program `npu-smi`, as pyproject.toml says."""
     # By name, since uv takes a folder for unchanged as long as its pyproject.toml is.
     install(place, "--no-deps", "--reinstall-package", "fake-npu", HERE, failure="the package fake_npu failed")
-    return "fake_npu, acl, npu-smi"
+    return "fake_npu, acl, fla_npu, npu-smi"
 
 
 def compile_kernels(place: Place) -> str:
