@@ -105,9 +105,9 @@ def recorded_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
 
 def _watch_method(method: Any) -> None:
     """Let the method (one object a layer, or one for several) record what it does to a layer the first time."""
-    if "process_weights_after_loading" in vars(method):
-        return  # watched already
     process = method.process_weights_after_loading
+    if hasattr(process, "_ascend_safe_patched"):
+        return
 
     @functools.wraps(process)
     def process_and_record(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -127,6 +127,8 @@ def _watch_method(method: Any) -> None:
         )
         return result
 
+    process_and_record._ascend_safe_patched = True  # type: ignore[attr-defined]
+    # On the object: vllm-ascend 0.13 to 0.23 wraps it there as well, for shared experts (ops/fused_moe/fused_moe.py).
     method.process_weights_after_loading = process_and_record
 
 
