@@ -51,7 +51,8 @@ class LayerRecord:
     Attributes:
         weights: its own parameters by name.
         derived: names of tensors that the processing made beside them, such as vllm-ascend's fp32 copy of the router
-            (`weight_fp32`, ops/linear.py, 0.23 for DeepSeek-V4 and 0.28 for all): they go stale with every weight that is loaded.
+            (`weight_fp32`, ops/linear.py; 0.23 for DeepSeek-V4, 0.28 for all): they go stale with every weight that is
+            loaded.
     """
 
     weights: Mapping[str, WeightRecord]
