@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--strict-skips",
         action="store_true",
-        help="fail when a test was skipped for another reason than an accelerator that is not there",
+        help="fail when a test was skipped for another reason than an accelerator that is not there, or a part that "
+        "this stack of the NPU emulator does not have",
     )
 
 
@@ -49,12 +51,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A test that could run on a CPU and was skipped fails the run."""
+    """A test that could run here and was skipped fails the run."""
     if not session.config.getoption("--strict-skips"):
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter is not None else []
-    if any("accelerator" not in _reason(report) for report in skipped):
+    if any(not re.search("accelerator|this stack", _reason(report)) for report in skipped):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

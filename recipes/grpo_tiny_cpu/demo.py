@@ -19,6 +19,8 @@ Keys of summary.json (times in seconds, sizes in bytes; null: not seen):
 - `pearson_min`: the smallest `training/rollout_actor_probs_pearson_corr` of any step; null where any step lacks it.
 - `kv_bytes_freed`, `kv_bytes_restored`: bytes that one free of the KV cache gave back, and that one init took again;
   the smallest of all of them in the run, so that a single one that did nothing shows as 0.
+- `sleep_bytes_freed`: where the engine has sleep mode: bytes of the device that one sleep gave back (KV cache and
+  weights), by the driver's count; the smallest of the run.
 - `versions`: of what took part, from the installed packages' metadata.
 - `phases`: seconds from the launch of run.sh at which each phase of the start-up was first seen.
 
@@ -133,6 +135,16 @@ def kv_bytes(events: Iterable[Mapping[str, Any]]) -> tuple[int | None, int | Non
     return min(freed, default=None), min(restored, default=None)
 
 
+def sleep_bytes(events: Iterable[Mapping[str, Any]]) -> int | None:
+    """What one sleep gave back of the device's memory, in bytes: the smallest of all; `None` without sleep mode."""
+    freed = [
+        event["bytes_before"] - event["bytes_after"]
+        for event in events
+        if event.get("step") == "sleep" and None not in (event.get("bytes_before"), event.get("bytes_after"))
+    ]
+    return min(freed, default=None)
+
+
 def summarise(
     steps: Sequence[Step],
     events: Iterable[Mapping[str, Any]],
@@ -157,7 +169,8 @@ def summarise(
         to_first = seconds_to_first_line - (steps[0].value(STEP_SECONDS) or 0.0)
     correlations = [step.value(PEARSON) for step in steps]
     known = [value for value in correlations if value is not None]
-    freed, restored = kv_bytes(events)
+    seen = list(events)
+    freed, restored = kv_bytes(seen)
     return {
         "steps": len(steps),
         "seconds_total": round(seconds_total, 2),
@@ -171,6 +184,7 @@ def summarise(
         "reward_last": steps[-1].value(REWARD) if steps else None,
         "pearson_min": min(known) if known and len(known) == len(correlations) else None,
         "kv_bytes_freed": freed,
+        "sleep_bytes_freed": sleep_bytes(seen),
         "kv_bytes_restored": restored,
         "versions": dict(versions),
         "phases": {name: round(seconds, 2) for name, seconds in phases.items()},
@@ -328,7 +342,9 @@ def report(summary: Mapping[str, Any]) -> list[str]:
         f"  seconds a step           generate {_seconds(per_step['generate'])}, sync {_seconds(per_step['sync'])}, "
         f"train {_seconds(per_step['train'])}",
         f"  seconds in all           {_seconds(summary['seconds_total'])}",
-        f"  KV cache, one free/init  {_size(summary['kv_bytes_freed'])} freed, "
+        f"  memory, one sleep        {_size(summary['sleep_bytes_freed'])} freed"
+        if summary["sleep_bytes_freed"] is not None
+        else f"  KV cache, one free/init  {_size(summary['kv_bytes_freed'])} freed, "
         f"{_size(summary['kv_bytes_restored'])} restored",
         "  versions                 " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
     ]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+# tests/conftest.py says cpu, for the other suites.
+os.environ["VERL_PLATFORM"] = "npu"
+
 from toy_engine import EXTENSION, Checkpoint, Engine, make_checkpoint, make_llm
 
 MEASURED: list[tuple[str, str]] = []

@@ -79,10 +79,13 @@ def test_lost_weight_loader(
 
 
 def test_stale_router(tmp_path: Path, report: Any) -> None:
-    """A plain load of the router passes without a word; the engine goes on with its old fp32 copy (0.23 to main)."""
+    """A plain load of the router passes without a word; the engine goes on with its old fp32 copy.
+
+    From 0.28 on for every router inside the experts' layer; in 0.23 for DeepSeek-V4 only.
+    """
     found = in_a_process_of_its_own("stale_router", tmp_path)
     if not found["has_fp32_copy"]:
-        assert Version(RELEASE) < Version("0.23")
+        assert Version(RELEASE) < Version("0.28")
         report("stale fp32 router", "no such copy in this release")
         return
     assert found["stock_copy_is_stale"]
@@ -136,7 +139,8 @@ def in_a_process_of_its_own(case: str, folder: Path, script: str = "field_bug_ca
         text=True,
         timeout=300,
         cwd=folder,
-        env=dict(os.environ),
+        # Device memory of its own: the engine of the other tests holds some of the same emulated NPU.
+        env={**os.environ, "FAKE_CANN_RUN": case},
     )
     assert out.exists(), done.stdout[-1000:] + done.stderr[-3000:]
     found: dict[str, Any] = json.loads(out.read_text())

@@ -742,7 +742,7 @@ def library_operator(name: str) -> bool:
 
 def needs_library_operator(name: str) -> None:
     if not library_operator(name):
-        pytest.skip(f"the installed vllm-ascend has no {name}")
+        pytest.skip(f"the vllm-ascend of this stack has no {name}")
 
 
 @pytest.mark.parametrize("with_bias", [True, False])

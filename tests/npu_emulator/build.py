@@ -28,7 +28,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -544,39 +543,32 @@ def make_toolkit(place: Place) -> str:
 
 
 def install_fake_npu(place: Place) -> str:
-    """The Python packages `fake_npu` and `acl`, and the program `npu-smi`, as pyproject.toml says."""
+    """The Python packages `fake_npu`, `acl` and `fla_npu`, and the program `npu-smi`, as pyproject.toml says."""
     # By name, since uv takes a folder for unchanged as long as its pyproject.toml is.
     install(place, "--no-deps", "--reinstall-package", "fake-npu", HERE, failure="the package fake_npu failed")
-    return "fake_npu, acl, npu-smi"
+    return "fake_npu, acl, fla_npu, npu-smi"
 
 
 def compile_kernels(place: Place) -> str:
-    """kernels/*.cpp into fake_npu/fake_npu_kernels.so, one compiler for each core."""
+    """kernels/*.cpp into fake_npu/fake_npu_kernels.so, as one translation unit.
+
+    Nearly all of the time goes into torch's headers, and so into reading them once.
+    """
     target = place.site_packages / "fake_npu" / "fake_npu_kernels.so"
     sources = sorted((HERE / "kernels").glob("*.cpp"))
     headers = sorted([*(HERE / "kernels").glob("*.h"), *(HERE / "fake_cann").glob("*.h")])
-    objects = place.scratch / "kernels"
-    objects.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = list(pool.map(lambda source: compile_kernel(place, source, headers, objects), sources))
-    torch = place.site_packages / "torch" / "lib"
-    links = [f"-L{torch}", "-ltorch", "-ltorch_cpu", "-lc10", f"-L{place.torch_npu_lib}", "-ltorch_npu", "-lascendcl"]
-    links += ["-Wl,--allow-shlib-undefined", "-Wl,-rpath,$ORIGIN/../torch/lib:$ORIGIN/../torch_npu/lib"]
-    command = ["g++", "-shared", "-o", target, *compiled, *links]
-    ran = compile_if_old(place, command, target, compiled, f"{target.name} could not be linked")
-    return f"{target.name} from {len(sources)} files" if ran else "up to date"
-
-
-def compile_kernel(place: Place, source: Path, headers: list[Path], objects: Path) -> Path:
-    """One object file."""
-    target = objects / f"{source.stem}.o"
-    torch = place.site_packages / "torch" / "include"
-    includes = [option for path in (torch, torch / "torch/csrc/api/include") for option in ("-isystem", str(path))]
-    includes += [*vendor_includes(place), "-I", str(HERE / "fake_cann")]
+    everything = place.scratch / "kernels.cpp"
+    everything.write_text("".join(f'#include "{source}"\n' for source in sources))
+    torch, torch_npu = place.site_packages / "torch", place.torch_npu_lib
+    includes = [torch / "include", torch / "include/torch/csrc/api/include"]
     options = ["-O1", f"-std=c++{place.stack.cxx_standard}", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    command = ["g++", *options, *includes, "-c", source, "-o", target]
-    compile_if_old(place, command, target, [source, *headers], f"{source.name} failed")
-    return target
+    options += [option for path in includes for option in ("-isystem", str(path))]
+    options += [*vendor_includes(place), "-I", str(HERE / "fake_cann")]
+    links = [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-L{torch_npu}", "-ltorch_npu", "-lascendcl"]
+    links += ["-Wl,--allow-shlib-undefined", "-Wl,-rpath,$ORIGIN/../torch/lib:$ORIGIN/../torch_npu/lib"]
+    command = ["g++", "-shared", *options, "-o", target, everything, *links]
+    ran = compile_if_old(place, command, target, [*sources, *headers], f"{target.name} failed")
+    return f"{target.name} from {len(sources)} files" if ran else "up to date"
 
 
 def install_repository(place: Place) -> str:

@@ -199,6 +199,7 @@ def test_summary_of_a_metrics_file(tmp_path: Path) -> None:
         "pearson_min": 0.995,
         "kv_bytes_freed": 990,
         "kv_bytes_restored": 990,
+        "sleep_bytes_freed": None,
         "versions": VERSIONS,
         "phases": {"training": 80.12},
     }

@@ -77,15 +77,16 @@ class Model(torch.nn.Module):
 
     def load_weights(self, weights: Any) -> set[str]:
         """As vLLM's models do: each tensor goes to its parameter's loader, experts by number."""
+        loaded = set()
         for name, tensor in weights:
             if name == "gate":
-                loader = getattr(self.gate.weight, "weight_loader", None)
-                loader(self.gate.weight, tensor) if loader else self.gate.weight.data.copy_(tensor)
+                self.gate.weight.data.copy_(tensor)
+                loaded.add("gate.weight")
                 continue
             expert, shard = name.split(".")
             parameter = self.experts.w2_weight if shard == "w2" else self.experts.w13_weight
             parameter.weight_loader(parameter, tensor, name, shard_id=shard, expert_id=int(expert))
-        return set()
+        return loaded
 
 
 def checkpoint(hidden: int, intermediate: int, seed: int) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,8 @@ class AscendSafeHttpServer(vLLMHttpServer):
         as verl's own sleep does it."""
         self._paused_for_sync = False  # from here on it is the sleep that pauses
         if self._rung == "sleep":
-            await super().sleep()
+            async with self._device_memory_event("sleep"):
+                await super().sleep()
             return
         if self.node_rank != 0 or not self.config.free_cache_engine or self.rollout_mode == RolloutMode.STANDALONE:
             return
@@ -184,8 +185,9 @@ class AscendSafeHttpServer(vLLMHttpServer):
     async def wake_up(self, tags: list[str] | None = None) -> None:
         """Take memory back.  Weights are never given away without sleep mode, so waking them alone is nothing."""
         if self._rung == "sleep":
-            await super().wake_up(tags=tags)
-            await self._settle_weights()
+            async with self._device_memory_event("wake_up", tags=tags):
+                await super().wake_up(tags=tags)
+                await self._settle_weights()
             await self._reset_prefix_cache()
             return
         if self.node_rank != 0 or self.rollout_mode == RolloutMode.STANDALONE:
@@ -197,14 +199,17 @@ class AscendSafeHttpServer(vLLMHttpServer):
         """Give the KV cache's memory back for the time of a weight sync (trainer and rollout apart)."""
         self._paused_for_sync = False
         if self._rung == "sleep":
-            await super().release_kv_cache()
+            async with self._device_memory_event("sleep", tags=["kv_cache"]):
+                await super().release_kv_cache()
         elif self._frees_kv_cache():
             await self.free_cache_engine()
 
     async def resume_kv_cache(self) -> None:
         """Take it again after the sync."""
         if self._rung == "sleep":
-            await super().resume_kv_cache()
+            async with self._device_memory_event("wake_up", tags=["kv_cache"]):
+                await super().resume_kv_cache()
+                await self._settle_weights()
             await self._reset_prefix_cache()
         elif self._frees_kv_cache():
             await self.init_cache_engine()
@@ -243,6 +248,28 @@ class AscendSafeHttpServer(vLLMHttpServer):
         self._doubts.pop("KV cache", None)
         await self.engine.resume_generation()
         return changes
+
+    @contextlib.asynccontextmanager
+    async def _device_memory_event(self, step: str, **detail: Any) -> AsyncIterator[None]:
+        """One event of what a step of vLLM's sleep mode did to the devices' memory, as the driver counts it."""
+        if not os.environ.get(events.EVENTS_VARIABLE):
+            yield
+            return
+        before = sum(report["device_used"] for report in await self.memory())
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        after = sum(report["device_used"] for report in await self.memory())
+        events.emit(
+            events.Event(
+                step=step,
+                process="server",
+                seconds=seconds,
+                bytes_before=before,
+                bytes_after=after,
+                detail={"replica": self.replica_rank, "rung": self._rung, **detail},
+            )
+        )
 
     async def _settle_weights(self) -> None:
         """vllm-ascend 0.13 to 0.26 leaves the experts in checkpoint form after a wake-up, ready for a load that a

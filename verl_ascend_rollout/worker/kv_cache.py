@@ -289,8 +289,18 @@ def _collect(worker: Any) -> None:
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
     else:
-        torch.accelerator.synchronize()
-        torch.accelerator.empty_cache()
+        # torch.accelerator has no empty_cache before torch 2.9, which vllm-ascend 0.11 and 0.13 are older than.
+        device_module = torch.get_device_module(worker.device)
+        device_module.synchronize()
+        device_module.empty_cache()
+
+
+def device_used(worker: Any) -> int:
+    """Bytes in use on the worker's device, by whomever; 0 on a CPU."""
+    if worker.device is None or worker.device.type == "cpu":
+        return 0
+    available, total = _memory(worker)
+    return total - available
 
 
 def _memory(worker: Any) -> tuple[int, int]:
@@ -298,7 +308,7 @@ def _memory(worker: Any) -> tuple[int, int]:
     if worker.device is None or worker.device.type == "cpu":
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)
-    available, total = torch.accelerator.get_memory_info()
+    available, total = torch.get_device_module(worker.device).mem_get_info()
     return int(available), int(total)
 
 

@@ -84,11 +84,16 @@ class AscendSafeLifecycle:
         return moe.settle(in_place.unwrapped(self.model_runner))
 
     def ascend_safe_memory(self) -> dict[str, int]:
-        """Bytes that the KV tensors hold, and the process's resident memory: `kv_bytes`, `rss`, `pid`."""
+        """Bytes that the KV tensors hold, what is used of the device, and the process's resident memory.
+
+        Returns:
+            `kv_bytes`, `device_used` (of the whole device, by the driver's count; 0 on a CPU), `rss`, `pid`.
+        """
         import psutil
 
         return {
             "kv_bytes": kv_cache.kv_bytes(self),
+            "device_used": kv_cache.device_used(self),
             "rss": int(psutil.Process().memory_info().rss),
             "pid": os.getpid(),
         }

@@ -2,8 +2,9 @@
 
 FOLDER is what tiny_models.py made.  Real vLLM, vllm-ascend and torch-npu on the stand-in CANN, in one process.  Printed
 for each case: the largest |log-probability difference| from Hugging Face on the CPU over the generated tokens, or the
-error.  A case that fails or is wrong is a finding about that release's stock code, not about this script; only a fresh
-load that is off by more than 0.01 gives exit code 1.
+error.  The cases run in that order on one engine, and what a case breaks stays broken for the next.  A case that fails
+or is wrong is a finding about that release's stock code; only a fresh load that is off by more than 0.01 gives exit
+code 1.
 """
 
 from __future__ import annotations

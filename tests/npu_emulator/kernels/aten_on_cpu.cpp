@@ -15,6 +15,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+#include <torch_npu/csrc/aten/NPUGeneratorImpl.h>
 
 #include <map>
 #include <mutex>
@@ -117,7 +118,8 @@ at::Generator npu_generator(const std::vector<c10::IValue>& arguments, c10::Devi
       return generator;
     }
   }
-  return at::globalContext().defaultGenerator(device);
+  // torch_npu's own function: PyTorch's globalContext().defaultGenerator does not reach it before torch-npu 2.13.
+  return at_npu::detail::getDefaultNPUGenerator(device.index());
 }
 
 // The next seed that `generator` gives: a mix (splitmix64) of its seed and its offset, which it advances by one Philox

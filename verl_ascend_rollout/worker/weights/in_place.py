@@ -8,6 +8,8 @@ layer derives from its weights is derived again.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -123,7 +125,9 @@ def _counted_loaders(model: torch.nn.Module, written: _Written) -> Iterator[None
     """Within the block, each parameter's loader notes what it was given.
 
     Names alone would not show one expert of sixty that never came, or the bias of k among q, k and v: they share one
-    parameter.
+    parameter.  A parameter with the default loader is filled by one tensor, for which its name in the answer of
+    `load_weights` is enough; some models compare the loader with the default one (vLLM 0.13, qwen2_moe.py), so that one
+    is left as it is.
     """
     from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
@@ -132,16 +136,15 @@ def _counted_loaders(model: torch.nn.Module, written: _Written) -> Iterator[None
         # vLLM's own parameter classes have a property over `_weight_loader`.
         attribute = "_weight_loader" if hasattr(parameter, "_weight_loader") else "weight_loader"
         original = getattr(parameter, attribute, None)
+        if original is None or original is default_weight_loader:
+            continue
         replaced.append((parameter, attribute, original))
-        setattr(parameter, attribute, _counting(original or default_weight_loader, parameter, name, written))
+        setattr(parameter, attribute, _counting(original, parameter, name, written))
     try:
         yield
     finally:
         for parameter, attribute, original in replaced:
-            if original is None:
-                delattr(parameter, attribute)
-            else:
-                setattr(parameter, attribute, original)
+            setattr(parameter, attribute, original)
 
 
 def _counting(loader: Any, parameter: torch.nn.Parameter, name: str, written: _Written) -> Any:
@@ -228,10 +231,14 @@ def _process_again(layer: torch.nn.Module, layer_record: LayerRecord) -> None:
 
 
 def _attention_layers(model: torch.nn.Module) -> Iterator[Any]:
-    try:
-        from vllm.model_executor.layers.attention import Attention, MLAAttention
-    except ImportError:  # vLLM until 0.15 or so
-        from vllm.attention.layer import Attention, MLAAttention
+    """vLLM's attention layers.  The classes moved after vLLM 0.13, and 0.11 has no `MLAAttention` there."""
+    classes = []
+    for place in ("vllm.model_executor.layers.attention", "vllm.attention.layer"):
+        with contextlib.suppress(ImportError):
+            found = importlib.import_module(place)
+            classes = [getattr(found, name) for name in ("Attention", "MLAAttention") if hasattr(found, name)]
+        if classes:
+            break
     for module in model.modules():
-        if isinstance(module, (Attention, MLAAttention)) and hasattr(module, "process_weights_after_loading"):
+        if isinstance(module, tuple(classes)) and hasattr(module, "process_weights_after_loading"):
             yield module

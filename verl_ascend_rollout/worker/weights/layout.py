@@ -51,7 +51,8 @@ class LayerRecord:
     Attributes:
         weights: its own parameters by name.
         derived: names of tensors that the processing made beside them, such as vllm-ascend's fp32 copy of the router
-            (`weight_fp32`, 0.23 to main, ops/linear.py): they go stale with every weight that is loaded.
+            (`weight_fp32`, ops/linear.py; 0.23 for DeepSeek-V4, 0.28 for all): they go stale with every weight that is
+            loaded.
     """
 
     weights: Mapping[str, WeightRecord]
@@ -105,9 +106,9 @@ def recorded_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
 
 def _watch_method(method: Any) -> None:
     """Let the method (one object a layer, or one for several) record what it does to a layer the first time."""
-    if "process_weights_after_loading" in vars(method):
-        return  # watched already
     process = method.process_weights_after_loading
+    if hasattr(process, "_ascend_safe_patched"):
+        return
 
     @functools.wraps(process)
     def process_and_record(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -127,6 +128,8 @@ def _watch_method(method: Any) -> None:
         )
         return result
 
+    process_and_record._ascend_safe_patched = True  # type: ignore[attr-defined]
+    # On the object: vllm-ascend 0.13 to 0.23 wraps it there as well, for shared experts (ops/fused_moe/fused_moe.py).
     method.process_weights_after_loading = process_and_record
 
 

@@ -56,8 +56,9 @@ def _write(x: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
         raise ValueError(f"KV cache write: {x.shape[0]} tokens but {slots.numel()} slots")
     slots = slots.flatten()[: x.shape[0]].long()
     used = slots >= 0
-    rows = cache.view(cache.shape[0] * cache.shape[1], *cache.shape[2:])
-    rows[slots[used]] = x[used].reshape(-1, *cache.shape[2:]).to(cache.dtype)
+    # By block and place, not by a view of all rows: vLLM 0.30's caches are slices with a stride between blocks.
+    blocks, places = slots[used] // cache.shape[1], slots[used] % cache.shape[1]
+    cache[blocks, places] = x[used].reshape(-1, *cache.shape[2:]).to(cache.dtype)
 
 
 @implements("npu::npu_scatter_nd_update_")

@@ -1,0 +1,65 @@
+"""GRPO on emulated NPUs: the demo of the CPU recipe, with `VERL_PLATFORM=npu` and nothing else changed.
+
+verl's own `huawei` platform, Ray's NPU resource, FSDP2 over HCCL, the real vllm-ascend with sleep mode.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("verl", reason="this stack has no verl: see tests/npu_emulator/stacks.toml")
+pytestmark = pytest.mark.e2e
+
+DEMO = Path(__file__).resolve().parents[2] / "recipes" / "grpo_tiny_cpu" / "demo.py"
+STEPS = 6
+
+
+def test_the_cpu_recipe_trains_unchanged(tmp_path: Path, report: Any) -> None:
+    from fake_npu import toolkit
+
+    environment = {
+        **os.environ,
+        **toolkit.environment(),
+        "VERL_PLATFORM": "npu",
+        "FAKE_CANN_DEVICES": "1",
+        # Device memory of its own, whatever else runs here.
+        "FAKE_CANN_RUN": "test_grpo",
+    }
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ASCEND_ENABLE_NZ"):
+        environment.pop(name, None)  # set for the engine in this process; a job must not need them
+    done = subprocess.run(
+        [sys.executable, str(DEMO), "--steps", str(STEPS), "--out", str(tmp_path), "--timeout", "540"],
+        capture_output=True,
+        text=True,
+        timeout=580,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["steps"] == STEPS
+    assert summary["pearson_min"] >= 0.99
+    assert summary["reward_last"] > summary["reward_first"]
+
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    decided = next(event["detail"] for event in events if event["step"] == "decide")
+    values = {decision["name"]: decision["value"] for decision in decided["decisions"]}
+    assert decided["rung"] == values["kv_rung"] == "sleep"
+    assert (values["sleep_level"], values["weight_path"]) == (1, "in_place")
+    assert decided["workers"][0]["worker"] == "NPUWorker"
+    syncs = [event for event in events if event["step"] == "sync" and event["process"] == "worker"]
+    # One before the first step, and one after each but the last or after each, as verl's trainer has it.
+    assert len(syncs) >= STEPS
+    assert {event["detail"]["path"] for event in syncs} == {"in_place"}
+    report(
+        f"GRPO, {STEPS} steps",
+        f"reward {summary['reward_first']:.3f} -> {summary['reward_last']:.3f}, Pearson at least "
+        f"{summary['pearson_min']:.4f}, first step after {summary['seconds_to_first_step']:.0f} s",
+    )
