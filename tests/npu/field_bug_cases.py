@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch_npu
 from toy_engine import EXTENSION, Checkpoint, Engine, make_checkpoint, make_llm, make_qwen3_checkpoint
 
 from verl_ascend_rollout import policy
 from verl_ascend_rollout.platforms import npu
+
+FRACTAL_NZ = 29
+"""aclFormat (CANN, acl_base.h)."""
 
 
 def stale_router(folder: Path) -> dict[str, Any]:
@@ -50,7 +54,9 @@ def nz(folder: Path) -> dict[str, Any]:
     os.environ["VLLM_ASCEND_ENABLE_NZ"] = "2"
     checkpoint = make_checkpoint(folder / "model", 0)
     engine = ours(checkpoint, additional_config={"weight_nz_mode": 2})
-    found = {"policy": refusal({"VLLM_ASCEND_ENABLE_NZ": "2"})}
+    found: dict[str, Any] = {"policy": refusal({"VLLM_ASCEND_ENABLE_NZ": "2"})}
+    formats = {torch_npu.get_npu_format(parameter.data) for parameter in engine.model.parameters()}
+    found["weights_in_nz"] = FRACTAL_NZ in formats
     found["sync"] = message_of(lambda: engine.call("ascend_safe_reload_from_disk", str(checkpoint.path)))
     engine.llm.sleep(level=1)
     found["stock"] = message_of(lambda: engine.llm.wake_up(tags=["weights"]))
