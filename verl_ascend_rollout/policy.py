@@ -425,8 +425,8 @@ def _weight_path(facts: PlatformFacts) -> Decision:
             "in_place",
             "vllm-ascend transposes the experts for its kernels, so weights are loaded through transposed views; "
             "verl's own sequence breaks off at the first sync with vLLM 0.24 and later",
-            "run on real torch-npu and vllm-ascend on a stand-in CANN; verl 0.9.1 utils/vllm/patch.py:147",
-            "measured",
+            "verl 0.9.1 utils/vllm/patch.py:147; run with the real torch-npu and vllm-ascend on a stand-in CANN only",
+            "read",
         )
     return Decision(
         "weight_path",

@@ -48,13 +48,15 @@ def test_wake_up_transpose(
     left = [name for name, weight in expert_weights(engine).items() if not weight.is_contiguous()]
     assert bool(left) == has("wake-up transpose")
     if left:
-        # What the kernels are given now has its axes swapped.  The stock engine dies of it in the grouped matmul; it is
-        # asked for here without the engine, which would not survive.
+        # The stock engine goes on with these weights and dies in its first grouped matmul, which is called here by
+        # itself on them: the shared engine would not survive it.
         layer = next(module for module in engine.model.modules() if hasattr(module, "w13_weight"))
-        hidden = torch.zeros(4, engine.worker.vllm_config.model_config.hf_text_config.hidden_size, device="npu:0")
-        assert layer.w13_weight.shape[1] != hidden.shape[1]
+        with pytest.raises(ValueError, match="columns against"):
+            first_matmul(engine, layer.w13_weight.data)
     settled = engine.call("ascend_safe_settle")
     assert sorted(settled) == sorted(left)
+    if left:
+        assert first_matmul(engine, layer.w13_weight.data).shape[1] == layer.w13_weight.shape[2]
     after = engine.answers()
     report("wake-up without a load, after settling", checkpoints[0].gap(after))
     assert after == before
@@ -109,6 +111,20 @@ def test_expandable_segments_stop_the_stock_engine_and_are_refused_by_our_policy
     found = in_a_process_of_its_own("expandable_segments", tmp_path)
     assert "xpandable" in found["stock"]
     assert "allocator refuses expandable segments" in found["policy"]
+
+
+def first_matmul(engine: Engine, weight: torch.Tensor) -> torch.Tensor:
+    """The experts' first product, one token for each expert, as vllm-ascend's ops/fused_moe/moe_mlp.py calls it."""
+    import torch_npu
+
+    experts = weight.shape[0]
+    hidden = engine.worker.vllm_config.model_config.hf_text_config.hidden_size
+    tokens = torch.ones(experts, hidden, dtype=weight.dtype, device=weight.device)
+    counts = torch.ones(experts, dtype=torch.int64, device=weight.device)
+    product: torch.Tensor = torch_npu.npu_grouped_matmul(
+        x=[tokens], weight=[weight], split_item=2, group_list_type=1, group_type=0, group_list=counts
+    )[0]
+    return product
 
 
 def expert_weights(engine: Engine) -> dict[str, torch.Tensor]:

@@ -252,7 +252,8 @@ class AscendSafeHttpServer(vLLMHttpServer):
     @contextlib.asynccontextmanager
     async def _device_memory_event(self, step: str, **detail: Any) -> AsyncIterator[None]:
         """One event of what a step of vLLM's sleep mode did to the devices' memory, as the driver counts it."""
-        if not os.environ.get(events.EVENTS_VARIABLE):
+        # The servers of a replica's further nodes have no engine to ask (verl 0.9.1, run_headless).
+        if self.node_rank != 0 or not os.environ.get(events.EVENTS_VARIABLE):
             yield
             return
         before = sum(report["device_used"] for report in await self.memory())
@@ -274,7 +275,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
     async def _settle_weights(self) -> None:
         """vllm-ascend 0.13 to 0.26 leaves the experts in checkpoint form after a wake-up, ready for a load that a
         reward model, or an adapter-only sync, never does."""
-        if self._decisions["weight_path"].value == "in_place":
+        if self.node_rank == 0 and self._decisions["weight_path"].value == "in_place":
             await self.engine.collective_rpc("ascend_safe_settle")
 
     async def _kv_step(self, method: str) -> list[dict[str, Any]]:
@@ -290,6 +291,8 @@ class AscendSafeHttpServer(vLLMHttpServer):
     async def _reset_prefix_cache(self) -> None:
         """Forget the cached blocks: their contents are gone.  Not being able to is an error, since a later request
         would be answered from them."""
+        if self.node_rank != 0:
+            return
         if not await self.engine.reset_prefix_cache(reset_connector=True):
             self._doubts["KV cache"] = (
                 "the prefix cache could not be reset after the KV cache was made again: a request still holds blocks; "
