@@ -148,9 +148,9 @@ def _enforce_eager_on_npu(facts: PlatformFacts, wish: Wishes, sleep_mode: bool) 
     if facts.soc == "310P":
         return eager(
             True,
-            "310P keeps weights in NZ layout whatever is set, and verl does not support it: eager has the least that "
-            "can go wrong",
-            "vllm-ascend 0.18 vllm_ascend/utils.py:144",
+            "verl does not support 310P, and from 0.18 on vllm-ascend keeps its weights in NZ layout whatever is set: "
+            "eager has the least that can go wrong",
+            "vllm-ascend 0.18 vllm_ascend/utils.py:144, 0.28:291",
         )
     if facts.soc == "A5":
         return eager(
@@ -175,7 +175,7 @@ def _enforce_eager_on_npu(facts: PlatformFacts, wish: Wishes, sleep_mode: bool) 
         False,
         "eager is the slower one on A2 and A3 from 0.18 on, and sleep mode maps the same addresses again, which "
         "captured graphs hold; 0.18 still calls full graphs experimental",
-        "verl#6948; vllm-ascend 0.18 vllm_ascend/platform.py:353-417, 0.23:590-643; device_allocator/camem.py",
+        "verl#6948; vllm-ascend 0.18 vllm_ascend/platform.py:353-417, 0.23:592-645; device_allocator/camem.py",
     )
 
 
@@ -190,7 +190,7 @@ def _sleep_level(facts: PlatformFacts, wish: Wishes, sleep_mode: bool) -> Decisi
             "level 2 discards plain tensors that no weight sync brings back, such as the expert maps of expert "
             "parallelism",
             "verl#6170, #6456, #7086; verl 0.9.1 vllm_async_server.py:1289-1305; vllm-ascend "
-            "ops/fused_moe/token_dispatcher.py: 0.18:406, 0.23:454, 0.28:455",
+            "ops/fused_moe/token_dispatcher.py: 0.13:395, 0.18:406, 0.23:454, 0.28:455 (0.11 ops/moe/:496)",
             "read",
             "each sleep",
         )

@@ -17,6 +17,8 @@ from verl_ascend_rollout.wishes import ROLLOUT, VLLM_KWARGS, Wishes
 STREAMS = 1800
 """Streams that vllm-ascend 0.11 to 0.18 lets graphs take (0.11 utils.py:387, 0.13:441, 0.18:464)."""
 
+EAGER_SOURCE = "vllm 0.11 vllm/config/__init__.py:380, 0.13 config/vllm.py:721, 0.18:787, 0.23:1054, 0.28:1284"
+
 LAST_SIZE = 512
 """The largest batch that vLLM, and vllm-ascend, capture by themselves."""
 
@@ -25,7 +27,7 @@ def cudagraph_mode(facts: PlatformFacts, wish: Wishes, eager: bool) -> Decision:
     """vLLM's `cudagraph_mode`."""
     name = "cudagraph_mode"
     if eager:
-        return Decision(name, "NONE", "enforce_eager is on", "vllm 0.28 vllm/config/vllm.py:1284", "read")
+        return Decision(name, "NONE", "enforce_eager is on", EAGER_SOURCE, "read")
     if facts.name == "cpu":
         return Decision(name, "NONE", "vLLM captures no graphs on a CPU", "vllm 0.28 vllm/platforms/cpu.py:195", "read")
     wished = wish.compilation_config.get("cudagraph_mode")

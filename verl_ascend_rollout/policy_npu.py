@@ -116,8 +116,11 @@ def _fused_mc2(wish: Wishes, release: tuple[int, int] | None) -> Iterator[Decisi
     """The fused kernel for experts on several devices.  Models without experts have no use for it."""
     if wish.model.experts == 0 or (release is not None and release < (0, 13)):
         return
-    reason = "the fused kernel for experts takes bf16 weights in NZ layout only, which a weight sync cannot write"
+    reason = "the fused kernel for experts takes their weights in NZ layout only, which a weight sync cannot write"
     source = "vllm-ascend 0.18 ops/fused_moe/fused_moe.py:90, 0.23:127; 0.28 ops/fused_moe/routed_experts.py:115"
+    if release is not None and release < (0, 18):
+        reason = "vllm-ascend's own default; the fused kernel is for experts quantized as w8a8_dynamic only"
+        source = "vllm-ascend 0.13 vllm_ascend/ascend_forward_context.py:258, envs.py:137"
     if release is None or release < ENVIRONMENT_UNTIL:
         fused = wish.environ.get("VLLM_ASCEND_ENABLE_FUSED_MC2")
         yield Decision(
@@ -183,7 +186,7 @@ def conflicts(facts: PlatformFacts, wish: Wishes, sleep_mode: bool, eager: bool,
 
 
 def _task_queue(wish: Wishes) -> str | None:
-    """What the engine's TASK_QUEUE_ENABLE will be (verl 0.9.1 plugin/platform/platform_npu.py:153-156)."""
+    """What the engine's TASK_QUEUE_ENABLE will be (verl 0.9.1 plugin/platform/platform_npu.py:154-157)."""
     return wish.environ.get("VLLM_ASCEND_TASK_QUEUE_ENABLE") or wish.environ.get("TASK_QUEUE_ENABLE")
 
 
@@ -249,7 +252,7 @@ def expert_communication(facts: PlatformFacts) -> tuple[str, str]:
     release = vllm_ascend_release(facts)
     source = (
         "vllm-ascend 0.11 worker/model_runner_v1.py:1886-1904, 0.13 ascend_forward_context.py:242-278, 0.18:237-281, "
-        "0.23:240-359"
+        "0.23:240-359, 0.28:292-408"
     )
     if facts.soc == "A2":
         few = ", and at most 24 experts on each" if release is None or release >= (0, 18) else ""
@@ -257,7 +260,8 @@ def expert_communication(facts: PlatformFacts) -> tuple[str, str]:
     if facts.soc == "A3":
         return "A3: MC2 for small batches, ALLTOALL for others", source
     if facts.soc == "A5":
-        return "A5: MC2 for small batches on several devices, else ALLGATHER or ALLTOALL", source
+        gather = "ALLGATHER or " if release is None or release >= (0, 23) else ""
+        return f"A5: MC2 for small batches on several devices, else {gather}ALLTOALL", source
     if facts.soc == "310P":
         return "310P: ALLGATHER", source
     return "MC2, ALLGATHER or ALLTOALL, as the chip has it", source
