@@ -198,6 +198,7 @@ def draw(events: Sequence[Event], path: str, title: str) -> None:
     for phase in found:
         _, colour = PHASES[phase.name]
         axes.axvspan(phase.start - first, phase.end - first, color=colour, linewidth=0)
+    axes.set_prop_cycle(color=["black", "#555555", "#7b3f00", "#a0785a", "#003c3c", "#5f8f8f"])
     lines = []
     for label, points in curves(events).items():
         times, sizes = zip(*points, strict=True)
