@@ -145,6 +145,12 @@ def _enforce_eager_on_npu(facts: PlatformFacts, wish: Wishes, sleep_mode: bool) 
             "ASCEND_LAUNCH_BLOCKING=1 is set, with which vllm-ascend refuses graphs",
             "vllm-ascend 0.11 vllm_ascend/platform.py:251, 0.13:304, 0.18:421, 0.23:647, 0.28:1229",
         )
+    if policy_npu.task_queue(wish) == "2":
+        return eager(
+            True,
+            "TASK_QUEUE_ENABLE=2 is set, with which torch-npu captures no graph",
+            "torch-npu 2.7.1 to 2.13.0 libtorch_npu.so",
+        )
     if facts.soc == "310P":
         return eager(
             True,

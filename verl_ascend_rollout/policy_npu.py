@@ -74,7 +74,7 @@ def settings(facts: PlatformFacts, wish: Wishes, sleep_mode: bool, mode: str) ->
     if mode != "NONE":
         yield Decision(
             ENVIRONMENT + "TASK_QUEUE_ENABLE",
-            _task_queue(wish),
+            task_queue(wish),
             "0 or 1, or unset: torch-npu captures no graph with 2; verl sets it for the engine alone from "
             "VLLM_ASCEND_TASK_QUEUE_ENABLE",
             'torch-npu 2.7.1, 2.8.0, 2.9.0, 2.13.0 libtorch_npu.so ("Do not support TASK_QUEUE_ENABLE = 2 during NPU '
@@ -162,7 +162,7 @@ def conflicts(facts: PlatformFacts, wish: Wishes, sleep_mode: bool, eager: bool,
             f"unset it, or set {ROLLOUT}.enforce_eager to True or null"
         )
     # torch-npu 2.7.1 to 2.13.0 raise while a graph is captured.
-    if mode != "NONE" and _task_queue(wish) == "2":
+    if mode != "NONE" and task_queue(wish) == "2":
         yield (
             "TASK_QUEUE_ENABLE=2 cannot work with captured graphs, for which torch-npu wants 0 or 1: set "
             f"VLLM_ASCEND_TASK_QUEUE_ENABLE=1 (verl hands it to the engine alone), or {ROLLOUT}.enforce_eager=True"
@@ -185,7 +185,7 @@ def conflicts(facts: PlatformFacts, wish: Wishes, sleep_mode: bool, eager: bool,
             )
 
 
-def _task_queue(wish: Wishes) -> str | None:
+def task_queue(wish: Wishes) -> str | None:
     """What the engine's TASK_QUEUE_ENABLE will be (verl 0.9.1 plugin/platform/platform_npu.py:154-157)."""
     return wish.environ.get("VLLM_ASCEND_TASK_QUEUE_ENABLE") or wish.environ.get("TASK_QUEUE_ENABLE")
 
@@ -208,6 +208,7 @@ def _layout_conflicts(wish: Wishes, release: tuple[int, int] | None, sleep_mode:
     """Settings that put weights into NZ layout."""
     additional = wish.additional_config
     reads_environment = release is None or release < ENVIRONMENT_UNTIL
+    reads_settings = release is None or release >= SETTINGS_SINCE
     nz = wish.environ.get("VLLM_ASCEND_ENABLE_NZ", "0")
     # wake_up raises ValueError "FRACTAL_NZ mode is enabled" (vllm-ascend 0.11 worker_v1.py:183 to 0.18 worker.py:209).
     if sleep_mode and reads_environment and nz != "0":
@@ -216,7 +217,7 @@ def _layout_conflicts(wish: Wishes, release: tuple[int, int] | None, sleep_mode:
             f"to 0 or unset it, or set {ROLLOUT}.enable_sleep_mode=False"
         )
     # vllm-ascend 0.23 worker.py:242 and 0.28 worker.py:273 ask this setting in place of the variable.
-    if sleep_mode and additional.get("weight_nz_mode"):
+    if sleep_mode and reads_settings and additional.get("weight_nz_mode"):
         yield (
             f"{VLLM_KWARGS}.additional_config.weight_nz_mode={additional['weight_nz_mode']} cannot work in sleep mode, "
             f"where wake_up refuses weights in NZ layout: set it to 0, or set {ROLLOUT}.enable_sleep_mode=False"
@@ -228,7 +229,7 @@ def _layout_conflicts(wish: Wishes, release: tuple[int, int] | None, sleep_mode:
     why = "cannot work with weight syncs, since it casts the experts to NZ layout"
     if reads_environment and fused != "0":
         yield f"VLLM_ASCEND_ENABLE_FUSED_MC2={fused} {why}: set it to 0 or unset it"
-    if additional.get("enable_fused_mc2"):
+    if reads_settings and additional.get("enable_fused_mc2"):
         setting = f"{VLLM_KWARGS}.additional_config.enable_fused_mc2"
         yield f"{setting}={additional['enable_fused_mc2']} {why}: set it to 0"
 

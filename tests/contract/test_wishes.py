@@ -1,4 +1,4 @@
-"""The same wishes from the config class of verl that the rollout server has, and from the file of `explain --config`."""
+"""One set of wishes, read from the config class that the rollout server has and from the file of `explain --config`."""
 
 from __future__ import annotations
 

@@ -93,6 +93,8 @@ def test_enforce_eager_on_npu_by_soc_and_version(soc: Soc | None, version: str |
         (A2, Wishes(enable_sleep_mode=False), True, "inferred"),
         (A2, Wishes(enable_sleep_mode=False, free_cache_engine=False), False, "inferred"),
         (A2, Wishes(environ={"ASCEND_LAUNCH_BLOCKING": "1"}), True, "inferred"),
+        (A2, Wishes(environ={"TASK_QUEUE_ENABLE": "2"}), True, "inferred"),
+        (A2, Wishes(environ={"TASK_QUEUE_ENABLE": "2", "VLLM_ASCEND_TASK_QUEUE_ENABLE": "1"}), False, "inferred"),
     ],
 )
 def test_enforce_eager_by_wish(facts: PlatformFacts, wish: Wishes, eager: bool, confidence: str) -> None:
@@ -466,7 +468,11 @@ def test_npu_settings(
             ["PYTORCH_NPU_ALLOC_CONF", "take expandable_segments:True out"],
         ),
         (A2, Wishes(environ={"VLLM_ASCEND_ENABLE_NZ": "1"}), ["VLLM_ASCEND_ENABLE_NZ=1", "set it to 0"]),
-        (A2, Wishes(engine_kwargs={"additional_config": {"weight_nz_mode": 2}}), ["weight_nz_mode=2", "set it to 0"]),
+        (
+            facts_of("npu", "A2", "0.23.0"),
+            Wishes(engine_kwargs={"additional_config": {"weight_nz_mode": 2}}),
+            ["weight_nz_mode=2", "set it to 0"],
+        ),
         (A3_OLD, Wishes(environ={"VLLM_USE_V1": "0"}), ["VLLM_USE_V1=0", "set it to 1"]),
         (
             A2,
@@ -496,7 +502,11 @@ def test_npu_settings(
             Wishes(engine_kwargs={"additional_config": {"enable_fused_mc2": 1}}),
             ["additional_config.enable_fused_mc2=1", "set it to 0"],
         ),
-        (A2, Wishes(environ={"TASK_QUEUE_ENABLE": "2"}), ["TASK_QUEUE_ENABLE=2", "VLLM_ASCEND_TASK_QUEUE_ENABLE=1"]),
+        (
+            A2,
+            Wishes(enforce_eager=False, environ={"TASK_QUEUE_ENABLE": "2"}),
+            ["TASK_QUEUE_ENABLE=2", "VLLM_ASCEND_TASK_QUEUE_ENABLE=1"],
+        ),
         (
             A2,
             Wishes(engine_kwargs={"additional_config": {"torchair_graph_config": {"enabled": True}}}),
