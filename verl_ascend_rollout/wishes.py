@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl_ascend_rollout.options import AscendSafeOptions, KVRung, OnUnsafe
+from verl_ascend_rollout.options import AscendSafeOptions, KVRung, OnUnsafe, WeightPath
 
 ROLLOUT = "actor_rollout_ref.rollout"
 VLLM_KWARGS = f"{ROLLOUT}.engine_kwargs.vllm"
 KV_RUNG = f"{ROLLOUT}.engine_kwargs.ascend_safe.kv_rung"
+WEIGHT_PATH = f"{ROLLOUT}.engine_kwargs.ascend_safe.weight_path"
 ON_UNSAFE = f"{ROLLOUT}.engine_kwargs.ascend_safe.on_unsafe"
 
 
@@ -70,6 +71,7 @@ class Wishes:
         enable_sleep_mode: `rollout.enable_sleep_mode` (verl's default is True).
         free_cache_engine: `rollout.free_cache_engine`: whether the KV cache is given back during training.
         kv_rung: our option `kv_rung`.
+        weight_path: our option `weight_path`.
         on_unsafe: our option `on_unsafe`.
         expert_parallel_size: over how many devices the experts are spread; 1 is no expert parallelism.
         tensor_parallel_size, data_parallel_size: over how many devices the engine is spread; verl's names for them are
@@ -89,6 +91,7 @@ class Wishes:
     enable_sleep_mode: bool = True
     free_cache_engine: bool = True
     kv_rung: KVRung = "auto"
+    weight_path: WeightPath = "auto"
     on_unsafe: OnUnsafe = "keep"
     expert_parallel_size: int = 1
     tensor_parallel_size: int = 1
@@ -128,6 +131,7 @@ class Wishes:
             enable_sleep_mode=bool(get("enable_sleep_mode", True)),
             free_cache_engine=bool(get("free_cache_engine", True)),
             kv_rung=options.kv_rung,
+            weight_path=options.weight_path,
             on_unsafe=options.on_unsafe,
             expert_parallel_size=int(get("expert_parallel_size", 1)),
             tensor_parallel_size=int(get("tensor_model_parallel_size", 1)),

@@ -75,7 +75,7 @@ def expandable_segments(folder: Path) -> dict[str, Any]:
 
 def ours(checkpoint: Checkpoint, **changes: Any) -> Engine:
     engine = Engine(make_llm(checkpoint.path, worker_extension_cls=EXTENSION, **changes))
-    engine.call("ascend_safe_configure", kv_rung="auto", weight_path="in_place", verify="always")
+    engine.call("ascend_safe_configure", kv_rung="auto", weight_path="by_layout", verify="always")
     return engine
 
 

@@ -380,9 +380,16 @@ def test_a_forced_direct_rung_under_compilation_says_that_it_is_not_proven() -> 
     assert "not proven under compilation" in decision.reason
 
 
-@pytest.mark.parametrize(("facts", "path"), [(CPU, "layerwise_reload"), (CUDA, "verl"), (A2, "in_place")])
+@pytest.mark.parametrize(("facts", "path"), [(CPU, "by_layout"), (CUDA, "verl"), (A2, "by_layout")])
 def test_weight_path(facts: PlatformFacts, path: str) -> None:
     assert decide(facts)["weight_path"].value == path
+
+
+def test_the_users_weight_path_wins_where_it_can_work() -> None:
+    assert decide(CUDA, Wishes(weight_path="by_layout"))["weight_path"].value == "by_layout"
+    assert decide(A2, Wishes(weight_path="verl"))["weight_path"].value == "verl"
+    with pytest.raises(PolicyError, match=r"weight_path=verl cannot work on a CPU"):
+        decide(CPU, Wishes(weight_path="verl"))
 
 
 # --- environment variables and additional_config

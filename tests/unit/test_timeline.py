@@ -46,7 +46,7 @@ def one_step_on_a_cpu(start: float, number: int) -> list[Event]:
     return [
         at(start + 0.5, 0.5, "free", "worker", pid=1, **kv),
         at(start + 1.0, 1.0, "free", "worker", pid=2, **kv),
-        at(start + 5.4, 0.3, "sync", "worker", pid=1, detail={"bytes": GIB // 2, "path": "layerwise_reload"}),
+        at(start + 5.4, 0.3, "sync", "worker", pid=1, detail={"bytes": GIB // 2, "path": "replay"}),
         at(start + 5.45, 0.4, "sync", "server", detail={"replica": 0}),
         at(start + 5.5, 0.5, "sync", "trainer", detail={"global_steps": number}),
         at(start + 6.0, 0.5, "init", "worker", pid=1, **back),

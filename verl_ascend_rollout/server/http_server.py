@@ -269,7 +269,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
     async def _settle_weights(self) -> None:
         """vllm-ascend 0.13 to 0.26 leaves the experts in checkpoint form after a wake-up, ready for a load that a
         reward model, or an adapter-only sync, never does."""
-        if self.node_rank == 0 and self._decisions["weight_path"].value == "in_place":
+        if self.node_rank == 0 and self._decisions["weight_path"].value == "by_layout":
             await self.engine.collective_rpc("ascend_safe_settle")
 
     async def _kv_step(self, method: str) -> list[dict[str, Any]]:

@@ -36,8 +36,7 @@ class AscendSafeLifecycle:
 
         Args:
             kv_rung: the rung that the policy chose, or `auto`.
-            weight_path: `layerwise_reload` (repacked kernels: every layer rebuilt), `in_place` (transposed kernels:
-                loaded through views), or `verl` (verl's own sequence).
+            weight_path: `by_layout` (each weight by the layout recorded for it), or `verl` (verl's own sequence).
             verify: `first`, `always` or `off`.
 
         Returns:
