@@ -37,8 +37,7 @@ class AscendSafeOptions:
             by `verl`'s own sequence; `auto` takes the first where it has been run.
         verify: which weight syncs have their values searched for NaN and Inf, read back out of the engine and compared
             with what came, and their checksums compared where weights go through shared memory: all (`always`), the
-            `first`, or none (`off`).  That every parameter came, once,
-            is checked at every sync unless `off`.
+            `first`, or none (`off`).  That every parameter came, once, is checked at every sync unless `off`.
         sync_timeout: seconds for which a weight sync through shared memory waits for the other side before it fails:
             for a worker to come, for one bucket to be filled or loaded, for the worker to finish.
         events: a file to which every lifecycle step is appended as one JSON line; `None` writes none.
