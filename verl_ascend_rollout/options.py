@@ -18,6 +18,7 @@ KEY = "actor_rollout_ref.rollout.engine_kwargs.ascend_safe"
 KVRung = Literal["auto", "release_kv_cache", "sleep", "direct", "keep"]
 OnUnsafe = Literal["keep", "error"]
 Verify = Literal["first", "always", "off"]
+Parity = Literal["warn", "error", "off"]
 WeightPath = Literal["auto", "by_layout", "verl"]
 
 
@@ -38,6 +39,8 @@ class AscendSafeOptions:
         verify: which weight syncs have their values searched for NaN and Inf, read back out of the engine and compared
             with what came, and their checksums compared where weights go through shared memory: all (`always`), the
             `first`, or none (`off`).  That every parameter came, once, is checked at every sync unless `off`.
+        parity: what to do where the trainer's and the rollout's probabilities of the same tokens say that they are not
+            one policy: `warn` at each such step, stop with an `error`, or nothing (`off`).
         sync_timeout: seconds for which a weight sync through shared memory waits for the other side before it fails:
             for a worker to come, for one bucket to be filled or loaded, for the worker to finish.
         events: a file to which every lifecycle step is appended as one JSON line; `None` writes none.
@@ -47,6 +50,7 @@ class AscendSafeOptions:
     kv_rung: KVRung = "auto"
     weight_path: WeightPath = "auto"
     verify: Verify = "first"
+    parity: Parity = "warn"
     sync_timeout: float = 600.0
     events: str | None = None
 
