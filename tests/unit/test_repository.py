@@ -24,6 +24,8 @@ LIGHT = (
     "platforms",
     "plugin.py",
     "policy.py",
+    "redaction.py",
+    "report.py",
     "trainer/cpu_platform.py",
 )
 """What runs on a broken installation, or in every process that imports verl."""
