@@ -15,6 +15,7 @@ from typing import get_args
 from packaging.version import InvalidVersion, Version
 
 from verl_ascend_rollout import ROLLOUT_NAME, __version__
+from verl_ascend_rollout.checks.doctor import cli as doctor
 from verl_ascend_rollout.options import KVRung, OnUnsafe
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, PlatformName, Soc
 from verl_ascend_rollout.platforms.detect import detect, planned
@@ -32,14 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        if arguments.command == "explain":
-            return _explain(arguments)
+        status: int = arguments.run(arguments)
+        return status
     except SystemExit as stop:  # argparse's way out, also of --help and --version
         return stop.code if isinstance(stop.code, int) else 2
     except (PlatformError, PolicyError) as error:
         print(f"ascend-safe: {error}", file=sys.stderr)
         return 1
-    raise AssertionError(f"the command {arguments.command} has no code")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Print what was found on this machine, or said of one you plan with --platform, and what the "
         "rollout decides there: each value with its reason, its source, and whether it was measured, read or inferred.",
     )
-    explain.set_defaults(parser=explain)
+    explain.set_defaults(run=_explain, parser=explain)
     machine = explain.add_argument_group("a machine that is only planned")
     machine.add_argument(
         "--platform", choices=get_args(PlatformName), help="decide for this platform, not for this machine"
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     wishes.add_argument("--lora", action="store_true", help="adapters are trained")
     wishes.add_argument("--mtp", action="store_true", help="multi-token prediction drafts")
     explain.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_parser(commands)
     return parser
 
 
@@ -150,3 +151,7 @@ def _version(text: str) -> str:
     except InvalidVersion:
         raise argparse.ArgumentTypeError(f"{text!r} is no version: write it like 0.18.0") from None
     return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from verl_ascend_rollout.checks.doctor.source import Assigns, Defines, Place, Sources, Uses, first
+from verl_ascend_rollout.checks.doctor.source import OURS, Assigns, Defines, Place, Sources, Uses, first, our_source
 from verl_ascend_rollout.platforms.base import PlatformName
-from verl_ascend_rollout.report import Check, Evidence, Risk
+from verl_ascend_rollout.report import Check, Evidence, Risk, timed
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,10 @@ VLLM: tuple[Claim, ...] = (
     ),
     Claim(
         "vllm.set-current-config",
-        (Defines("vllm/config/vllm.py", "set_current_vllm_config"), Defines("vllm/config/__init__.py", "set_current_vllm_config")),
+        (
+            Defines("vllm/config/vllm.py", "set_current_vllm_config"),
+            Defines("vllm/config/__init__.py", "set_current_vllm_config"),
+        ),
         "weights and KV tensors are made under the engine's configuration",
         "worker/lifecycle.py",
         NO_SYNC,
@@ -182,14 +185,22 @@ VLLM: tuple[Claim, ...] = (
     ),
     Claim(
         "vllm.moe-weight-loader",
-        (Defines(f"{MOE}/routed_experts.py", "RoutedExperts.weight_loader"), Defines(f"{MOE}/layer.py", "FusedMoE.weight_loader")),
+        (
+            Defines(f"{MOE}/routed_experts.py", "RoutedExperts.weight_loader"),
+            Defines(f"{MOE}/layer.py", "FusedMoE.weight_loader"),
+        ),
         "loads one expert's shard; on FusedMoE until 0.23, on RoutedExperts from 0.24",
         "worker/weights/moe.py",
         "expert weights cannot be loaded a second time",
     ),
     Claim(
         "vllm.moe-process-weights",
-        (Defines(f"{MOE}/unquantized_fused_moe_method.py", "UnquantizedFusedMoEMethod.process_weights_after_loading"), Defines(f"{MOE}/layer.py", "UnquantizedFusedMoEMethod.process_weights_after_loading")),
+        (
+            Defines(
+                f"{MOE}/unquantized_fused_moe_method.py", "UnquantizedFusedMoEMethod.process_weights_after_loading"
+            ),
+            Defines(f"{MOE}/layer.py", "UnquantizedFusedMoEMethod.process_weights_after_loading"),
+        ),
         "turns expert weights into the kernel's layout",
         "worker/weights/layout.py",
         NO_SYNC,
@@ -283,14 +294,18 @@ VERL: tuple[Claim, ...] = (
     _server("_init_config", "our defaults are filled in"),
     _server("_init_model_config", "LoRA is known before the policy decides"),
     _server("_preprocess_engine_kwargs", "the policy's decisions become engine arguments", "engine_kwargs"),
-    _server("_resolve_sleep_level", "the policy decides the sleep level", lost="level 2 may be used where it loses weights"),
+    _server(
+        "_resolve_sleep_level", "the policy decides the sleep level", lost="level 2 may be used where it loses weights"
+    ),
     _server("_get_worker_extension_cls", "our worker extension is named"),
     _server("_get_engine_kwargs_key", "where a user's engine arguments are"),
     _server("run_server", "workers are configured when the engine is up", "args"),
     _server("sleep", "memory is given back for training"),
     _server("wake_up", "memory is taken again, by tag", "tags"),
     _server("release_kv_cache", "the KV cache alone is freed", lost="a disaggregated trainer cannot free the KV cache"),
-    _server("resume_kv_cache", "the KV cache alone is restored", lost="a disaggregated trainer cannot restore the KV cache"),
+    _server(
+        "resume_kv_cache", "the KV cache alone is restored", lost="a disaggregated trainer cannot restore the KV cache"
+    ),
     _server("abort_all_requests", "a sync in doubt refuses to generate"),
     _server("generate", "a sync in doubt refuses to generate"),
     _server("collective_rpc", "calls our methods on every worker", "method"),
@@ -317,7 +332,13 @@ VERL: tuple[Claim, ...] = (
     ),
     Claim(
         "verl.extension.update-weights",
-        (Defines(EXTENSION, "vLLMColocateWorkerExtension.update_weights_from_ipc", ("peft_config", "base_sync_done", "use_shm")),),
+        (
+            Defines(
+                EXTENSION,
+                "vLLMColocateWorkerExtension.update_weights_from_ipc",
+                ("peft_config", "base_sync_done", "use_shm"),
+            ),
+        ),
         "weights come in through our bracket",
         "worker/extension.py",
         NO_SYNC,
@@ -368,7 +389,10 @@ VERL: tuple[Claim, ...] = (
     ),
     Claim(
         "verl.platforms",
-        (Defines("verl/plugin/platform/platform_manager.py", "PlatformRegistry.register"), Defines(PLATFORM, "PlatformRegistry")),
+        (
+            Defines("verl/plugin/platform/platform_manager.py", "PlatformRegistry.register"),
+            Defines(PLATFORM, "PlatformRegistry"),
+        ),
         "the platform `cpu` is registered, and `npu` and `cuda` as names",
         "trainer/cpu_platform.py",
         "verl does not run on a CPU, and refuses VERL_PLATFORM=npu",
@@ -383,14 +407,20 @@ ASCEND_RUNNER = "vllm_ascend/worker/model_runner_v1.py"
 ASCEND: tuple[Claim, ...] = (
     Claim(
         "vllm-ascend.sleep",
-        (Defines(ASCEND_WORKER, "NPUWorker.sleep", ("level",)), Defines(OLD_ASCEND_WORKER, "NPUWorker.sleep", ("level",))),
+        (
+            Defines(ASCEND_WORKER, "NPUWorker.sleep", ("level",)),
+            Defines(OLD_ASCEND_WORKER, "NPUWorker.sleep", ("level",)),
+        ),
         "sleep mode, the second rung of the KV-cache ladder",
         "worker/kv_cache.py",
         "nothing is freed where sleep mode is on",
     ),
     Claim(
         "vllm-ascend.wake-up-by-tags",
-        (Defines(ASCEND_WORKER, "NPUWorker.wake_up", ("tags",)), Defines(OLD_ASCEND_WORKER, "NPUWorker.wake_up", ("tags",))),
+        (
+            Defines(ASCEND_WORKER, "NPUWorker.wake_up", ("tags",)),
+            Defines(OLD_ASCEND_WORKER, "NPUWorker.wake_up", ("tags",)),
+        ),
         "weights come back before the KV cache",
         "worker/kv_cache.py",
         "weights and KV cache can only be woken together",
@@ -419,9 +449,17 @@ ASCEND: tuple[Claim, ...] = (
     Claim(
         "vllm-ascend.moe-process-weights",
         (
-            Defines("vllm_ascend/ops/fused_moe/fused_moe.py", "AscendUnquantizedFusedMoEMethod.process_weights_after_loading"),
-            Defines("vllm_ascend/ops/fused_moe/routed_experts.py", "AscendUnquantizedFusedMoEMethod.process_weights_after_loading"),
-            Defines("vllm_ascend/ops/common_fused_moe.py", "AscendUnquantizedFusedMoEMethod.process_weights_after_loading"),
+            Defines(
+                "vllm_ascend/ops/fused_moe/fused_moe.py",
+                "AscendUnquantizedFusedMoEMethod.process_weights_after_loading",
+            ),
+            Defines(
+                "vllm_ascend/ops/fused_moe/routed_experts.py",
+                "AscendUnquantizedFusedMoEMethod.process_weights_after_loading",
+            ),
+            Defines(
+                "vllm_ascend/ops/common_fused_moe.py", "AscendUnquantizedFusedMoEMethod.process_weights_after_loading"
+            ),
         ),
         "transposes expert weights into the kernel's layout",
         "worker/weights/layout.py",
@@ -476,20 +514,23 @@ def all_claims() -> tuple[Claim, ...]:
 
 def check_claims(sources: Sources, platform: PlatformName, claims: tuple[Claim, ...]) -> Iterator[Check]:
     """One check a claim."""
+    ours = our_source()
     for claim in claims:
         started = time.perf_counter()
-        check = _check(sources, platform, claim)
-        yield Check(**{**_fields(check), "seconds": time.perf_counter() - started})
+        check = _check(sources, ours, platform, claim)
+        yield timed(check, time.perf_counter() - started)
 
 
-def _check(sources: Sources, platform: PlatformName, claim: Claim) -> Check:
+def _check(sources: Sources, our: Sources, platform: PlatformName, claim: Claim) -> Check:
     def answer(verdict: str, summary: str, *evidence: Evidence, advice: str = "") -> Check:
         return Check(claim.name, verdict, summary, evidence, "read", claim.risk, advice)  # type: ignore[arg-type]
 
     if not sources.has(claim.package):
         return answer("skip", f"{claim.package} is not there to read")
     found = first(claim.places, sources)
-    ours = Evidence(f"verl_ascend_rollout/{claim.used_by}", f"uses it: {claim.why}")
+    file = f"{OURS}/{claim.used_by}"
+    use = first(tuple(Uses(file, _word(place)) for place in claim.places), our)
+    ours = Evidence(use.where if use else file, f"uses it: {claim.why}")
     if found is not None:
         return answer("pass", claim.why, found, ours)
     looked = "; ".join(dict.fromkeys(_wanted(place) for place in claim.places))
@@ -513,8 +554,13 @@ def _wanted(place: Place) -> str:
         return f"{place.name}{takes} in {place.file}"
     if isinstance(place, Assigns):
         return f"{place.owner}.{place.attribute} in {place.file}"
-    return f"{place.word} in {place.file}"
+    return f"{_word(place)} in {place.file}"
 
 
-def _fields(check: Check) -> dict[str, object]:
-    return {name: getattr(check, name) for name in Check.__dataclass_fields__}
+def _word(place: Place) -> str:
+    """The word by which our own source names it."""
+    if isinstance(place, Defines):
+        return place.name.rpartition(".")[2]
+    if isinstance(place, Assigns):
+        return place.attribute
+    return place.word if isinstance(place, Uses) else place.text

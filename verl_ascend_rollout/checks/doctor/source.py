@@ -120,12 +120,9 @@ class Assigns:
         if node is None:
             return None
         for child in ast.walk(node):
-            targets: list[ast.expr] = []
-            if isinstance(child, ast.Assign):
-                targets = child.targets
-            elif isinstance(child, ast.AnnAssign | ast.AugAssign):
-                targets = [child.target]
-            for target in targets:
+            if not isinstance(child, ast.Assign | ast.AnnAssign | ast.AugAssign):
+                continue
+            for target in child.targets if isinstance(child, ast.Assign) else [child.target]:
                 for part in ast.walk(target):
                     if isinstance(part, ast.Attribute) and part.attr == self.attribute and is_self(part.value):
                         return Evidence(f"{self.file}:{child.lineno}", f"{self.owner} sets self.{self.attribute}")
@@ -165,7 +162,22 @@ class Uses:
         return (is_string and self.word in text) if self.part_of_text else text == self.word
 
 
-Place = Defines | Assigns | Uses
+@dataclass(frozen=True)
+class Says:
+    """A line of a file that has a piece of text in it, for what is no name: `assert len(runner_kv_caches)`."""
+
+    file: str
+    text: str
+
+    def find(self, sources: Sources) -> Evidence | None:
+        """The first such line."""
+        for number, line in enumerate((sources.read(self.file) or "").splitlines(), 1):
+            if self.text in line:
+                return Evidence(f"{self.file}:{number}", line.strip())
+        return None
+
+
+Place = Defines | Assigns | Uses | Says
 
 
 def first(places: tuple[Place, ...], sources: Sources) -> Evidence | None:
@@ -175,6 +187,14 @@ def first(places: tuple[Place, ...], sources: Sources) -> Evidence | None:
         if found is not None:
             return found
     return None
+
+
+OURS = "verl_ascend_rollout"
+
+
+def our_source() -> Folders:
+    """Our own source, for evidence about what we do."""
+    return Folders({OURS: Path(__file__).resolve().parents[2]})
 
 
 def default_of(sources: Sources, file: str, name: str) -> tuple[int, str] | None:

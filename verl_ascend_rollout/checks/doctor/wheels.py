@@ -62,7 +62,9 @@ class Wheels(Parsed):
             try:
                 archive = zipfile.ZipFile(wheel.path)
             except (OSError, zipfile.BadZipFile) as error:
-                raise WheelError(f"{wheel.path} cannot be read: {error}; delete it to have it downloaded again") from None
+                raise WheelError(
+                    f"{wheel.path} cannot be read: {error}; delete it to have it downloaded again"
+                ) from None
             self._archives.append(archive)
             for name in archive.namelist():
                 self._members.setdefault(name, archive)
@@ -171,7 +173,9 @@ def _download(name: str, version: str, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WheelError(f"{folder} cannot be made for the wheels: {error.strerror}; give another with --wheels") from None
+        raise WheelError(
+            f"{folder} cannot be made for the wheels: {error.strerror}; give another with --wheels"
+        ) from None
     last = ""
     for python in PYTHONS:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -193,8 +197,8 @@ def _download(name: str, version: str, folder: Path) -> None:
                 "has the wheel with --wheels"
             )
     raise WheelError(
-        f"pip finds no wheel of {name} {version} ({last}): see whether this release has wheels, or give a folder that has "
-        "one with --wheels"
+        f"pip finds no wheel of {name} {version} ({last}): see whether this release has wheels, or give a folder "
+        "that has one with --wheels"
     )
 
 
