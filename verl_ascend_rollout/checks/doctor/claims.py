@@ -541,7 +541,7 @@ def _check(sources: Sources, our: Sources, platform: PlatformName, claim: Claim)
         return answer("pass", f"{claim.lost}; it is asked for before it is used", missing, ours)
     return answer(
         "fail",
-        f"{looked} is gone, so that {claim.lost}",
+        f"not there: {looked}; {claim.lost}",
         missing,
         ours,
         advice="use a release that docs/stacks.md lists with this claim, or a newer verl-ascend-rollout",

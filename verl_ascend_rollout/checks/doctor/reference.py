@@ -1,9 +1,9 @@
 """The claims of a QA report on verl's vLLM rollout in eager mode on Ascend NPUs (2025-12-25), on the stack at hand.
 
 That report was written by hand, for verl 0.6 with vLLM 0.11.  Each of its claims is looked up again here: it holds, a
-worry of it is settled, or it went stale, and then with what is there now.  `TRAPS` are what reading the sources has found
-since: whether this stack has it, and what ascend_safe does about it.  All of these pass: ascend_safe rests on none of
-them, but whoever goes by that report should know.
+worry of it is settled, or it went stale, and then with what is there now.  `TRAPS` are what reading the sources has
+found since: whether this stack has it, and what ascend_safe does about it.  All of these pass: ascend_safe rests on none
+of them, but whoever goes by that report should know.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def _answer(
     confidence: Confidence = "read",
     risk: Risk = "low",
 ) -> Check:
+    summary = f"{STALE} {summary}" if verdict == "stale" else summary
     return Check(
         name, "skip" if verdict == "skip" else "pass", summary, tuple(one for one in evidence if one), confidence, risk
     )
