@@ -274,7 +274,7 @@ VERL: tuple[Claim, ...] = (
         "verl.plugins",
         (Uses("verl/__init__.py", "verl.plugins"),),
         "verl loads our plug-in by its entry point, from 0.9.0 on",
-        "autoload.py",
+        "plugin.py",
         "the rollout is not registered in verl's processes",
     ),
     Claim(

@@ -2,8 +2,8 @@
 
 That report was written by hand, for verl 0.6 with vLLM 0.11.  Each of its claims is looked up again here: it holds, a
 worry of it is settled, or it went stale, and then with what is there now.  `TRAPS` are what reading the sources has
-found since: whether this stack has it, and what ascend_safe does about it.  All of these pass: ascend_safe rests on none
-of them, but whoever goes by that report should know.
+found since: whether this stack has it, and what ascend_safe does about it.  All of these pass: ascend_safe rests on
+none of them, but whoever goes by that report should know.
 """
 
 from __future__ import annotations

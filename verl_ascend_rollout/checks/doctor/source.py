@@ -280,7 +280,8 @@ def _statements(node: ast.AST) -> Iterator[ast.AST]:
 
 def _defines(node: ast.AST, name: str) -> bool:
     if isinstance(node, Function | ast.ClassDef):
-        return node.name == name
+        # The signatures of @overload come before the function.
+        return node.name == name and not any(ast.unparse(one).endswith("overload") for one in node.decorator_list)
     if isinstance(node, ast.Assign):
         return any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
     if isinstance(node, ast.AnnAssign):

@@ -65,6 +65,7 @@ def check_stack(
         requirements: `Requires-Dist` of each, by name.
         planned: a stack that is only read: what it requires beyond itself is not there, and not missed.
     """
+    versions = {name: version for name, version in versions.items() if _release(version)}
     yield _own_requirements(versions, requirements)
     if "vllm-ascend" in versions:
         yield _ascend_pair(versions)
@@ -80,6 +81,8 @@ def _own_requirements(versions: Mapping[str, str], requirements: Mapping[str, tu
     problems: list[tuple[Verdict, Evidence]] = []
     kept = 0
     for name, required in requirements.items():
+        if name not in versions:
+            continue
         for text in required:
             try:
                 requirement = Requirement(text)
