@@ -17,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from verl_ascend_rollout import ROLLOUT_NAME, __version__, events, job_config, timeline
 from verl_ascend_rollout.bench import cli as bench
+from verl_ascend_rollout.checks.doctor import cli as doctor
 from verl_ascend_rollout.options import KVRung, OnUnsafe
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, PlatformName, Soc
 from verl_ascend_rollout.platforms.detect import detect, planned
@@ -34,12 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         arguments = _parser().parse_args(argv)
-        if arguments.command == "explain":
-            return _explain(arguments)
-        if arguments.command == "bench":
-            return bench.run(arguments)
-        if arguments.command == "timeline":
-            return timeline.run(arguments.events, arguments.out, as_json=arguments.json)
+        status: int = arguments.run(arguments)
+        return status
     except SystemExit as stop:  # argparse's way out, also of --help and --version
         return stop.code if isinstance(stop.code, int) else 2
     except (PlatformError, PolicyError) as error:
@@ -48,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     except (job_config.ConfigError, events.EventsError) as error:
         print(f"ascend-safe: {error}", file=sys.stderr)
         return 2
-    raise AssertionError(f"the command {arguments.command} has no code")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Print what was found on this machine, or said of one you plan with --platform, and what the "
         "rollout decides there: each value with its reason, its source, and whether it was measured, read or inferred.",
     )
-    explain.set_defaults(parser=explain)
+    explain.set_defaults(run=_explain, parser=explain)
     machine = explain.add_argument_group("a machine that is only planned")
     machine.add_argument(
         "--platform", choices=get_args(PlatformName), help="decide for this platform, not for this machine"
@@ -99,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("events", metavar="EVENTS", help="the file of events: one JSON line each")
     drawn.add_argument("--out", metavar="FILE", help="draw into this file: .png, .svg or .pdf (needs matplotlib)")
     drawn.add_argument("--json", action="store_true", help="print JSON")
+    drawn.set_defaults(run=lambda arguments: timeline.run(arguments.events, arguments.out, as_json=arguments.json))
+    doctor.add_parser(commands)
     return parser
 
 
@@ -184,3 +182,7 @@ def _version(text: str) -> str:
     except InvalidVersion:
         raise argparse.ArgumentTypeError(f"{text!r} is no version: write it like 0.18.0") from None
     return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,6 +28,8 @@ LIGHT = (
     "policy.py",
     "policy_graphs.py",
     "policy_npu.py",
+    "redaction.py",
+    "report.py",
     "timeline.py",
     "trainer/cpu_platform.py",
     "wishes.py",
