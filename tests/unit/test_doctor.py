@@ -415,24 +415,37 @@ def test_a_platform_that_is_not_installed(installation: Installation) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "name", "word"),
+    ("release", "variables", "names", "word"),
     [
-        ({"VLLM_ASCEND_ENABLE_NZ": "1"}, "env.nz", "set VLLM_ASCEND_ENABLE_NZ=0"),
+        # A release that is not the one for this vLLM, because that one does not read the variable any more.
         (
+            "0.18.0",
+            {"VLLM_ASCEND_ENABLE_NZ": "1"},
+            ("env.nz", "stack.vllm-ascend"),
+            "set VLLM_ASCEND_ENABLE_NZ=0",
+        ),
+        (
+            None,
             {"PYTORCH_NPU_ALLOC_CONF": "max_split_size_mb:64,expandable_segments:True"},
-            "env.expandable-segments",
+            ("env.expandable-segments",),
             "take expandable_segments:True out of",
         ),
     ],
 )
 def test_what_the_policy_refuses_is_named(
-    installation: Installation, variables: dict[str, str], name: str, word: str
+    installation: Installation, release: str | None, variables: dict[str, str], names: tuple[str, ...], word: str
 ) -> None:
-    installation.make_npu()
+    installation.make_npu(vllm_ascend=release)
     installation.environ.update(variables)
     answer = installation.doctor()
-    assert_failures(answer, {name, "env.policy"})
-    assert word in answer.failed()[name]["advice"]
+    assert_failures(answer, {*names, "env.policy"})
+    assert word in answer.failed()[names[0]]["advice"]
+
+
+def test_a_release_that_does_not_read_the_nz_variable_is_not_blamed_for_it(installation: Installation) -> None:
+    installation.make_npu()
+    installation.environ["VLLM_ASCEND_ENABLE_NZ"] = "1"
+    assert installation.doctor().failed() == {}
 
 
 @pytest.mark.parametrize(

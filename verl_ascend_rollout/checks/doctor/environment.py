@@ -16,6 +16,7 @@ from verl_ascend_rollout.platforms import npu
 from verl_ascend_rollout.platforms.base import PlatformFacts
 from verl_ascend_rollout.platforms.detect import OVERRIDE
 from verl_ascend_rollout.plugin import PLUGINS_VARIABLE
+from verl_ascend_rollout.policy_npu import ENVIRONMENT_UNTIL, vllm_ascend_release
 from verl_ascend_rollout.report import Check, Evidence
 
 MIB = 2**20
@@ -189,6 +190,10 @@ def nz_layout(facts: PlatformFacts, environ: Mapping[str, str]) -> Check:
     evidence = (_variable(environ, name), Evidence("vllm_ascend/envs.py", "the default is 1 (0.11 to 0.23)"))
     if facts.name != "npu":
         return Check("env.nz", "skip", "weights have an NZ layout on Ascend only", (_variable(environ, name),))
+    release = vllm_ascend_release(facts)
+    if release is not None and release >= ENVIRONMENT_UNTIL:
+        summary = f"this vllm-ascend does not read {name}: its setting weight_nz_mode decides"
+        return Check("env.nz", "pass", summary, (_variable(environ, name),), risk="high")
     if environ.get(name, "0") != "0":
         return Check(
             "env.nz",
