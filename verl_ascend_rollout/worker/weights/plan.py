@@ -76,7 +76,7 @@ class Route:
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor comes as it was written down, its memory in order."""
-        return tensor.dtype == self.dtype and tuple(tensor.shape) == self.shape and tensor.is_contiguous()
+        return tensor.dtype == self.dtype and tensor.shape == self.shape and tensor.is_contiguous()
 
 
 @dataclass

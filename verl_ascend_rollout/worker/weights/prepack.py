@@ -82,7 +82,7 @@ def pack(source: torch.Tensor, destination: torch.Tensor, isa: str) -> None:
     """
     if source.dim() == 2:
         source, destination = source.unsqueeze(0), destination.unsqueeze(0)
-    torch.ops._C.prepack_moe_weight(source.contiguous(), destination, isa)
+    torch.ops._C.prepack_moe_weight.default(source.contiguous(), destination, isa)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -75,15 +75,14 @@ class ReplayPass:
         for name, tensor in weights:
             if not self._manifest.receive(name, tensor):
                 continue
-            tensor = tensor.contiguous()
+            if not tensor.is_contiguous():
+                tensor = tensor.contiguous()
             route = self._plan.routes.get(name)
             if route is None or not route.takes(tensor):
                 route = self._ask(name, tensor)
             for copy in route.copies if route is not None else ():
-                self._add(batch, name, copy, tensor)
-                elements = copy.destination.elements
+                elements, storage = self._add(batch, name, copy, tensor)
                 self._covered[copy.target] = self._covered.get(copy.target, 0) + elements
-                storage = self._targets[copy.target].storage
                 written[storage] = written.get(storage, 0) + elements
         _copy_all(batch)
         if self._manifest.compare:
@@ -166,7 +165,8 @@ class ReplayPass:
         self._asked[name] = route
         return route
 
-    def _add(self, batch: _Batch, name: str, copy: Copy, tensor: torch.Tensor) -> None:
+    def _add(self, batch: _Batch, name: str, copy: Copy, tensor: torch.Tensor) -> tuple[int, int]:
+        """Put a copy into the batch; the number of elements, and the storage that they go to."""
         target = self._targets[copy.target]
         source = tensor if copy.source is None else copy.source.in_tensor(tensor)
         destination = copy.destination.in_tensor(target.tensor)
@@ -178,6 +178,7 @@ class ReplayPass:
             batch.destinations.append(destination)
             batch.sources.append(source)
             batch.names.append(name)
+        return destination.numel(), target.storage
 
     def _compare(self, batch: _Batch) -> None:
         """Read what was written back through the view that it was written through."""

@@ -12,6 +12,7 @@ was staged is let go: memory for one layer at a time, if the weights come layer 
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -174,8 +175,15 @@ def _elements(weight: WeightRecord) -> int:
 
 
 def _empty(weight: WeightRecord) -> torch.nn.Parameter:
-    """A parameter like the one that vLLM made first: its class, its attributes, its shape; its values are undefined."""
-    data = torch.empty(weight.shape, dtype=weight.dtype)
+    """A parameter like the one that vLLM made first: its class, its attributes, its shape; its values are undefined.
+
+    Its memory is a mapping of its own, which takes room only where it is written, and goes back to the system with the
+    parameter: the heap would keep what a layer leaves until all layers have gone.
+    """
+    elements = _elements(weight)
+    # A mapping cannot be empty.
+    memory = mmap.mmap(-1, max(elements, 1) * weight.dtype.itemsize)
+    data = torch.frombuffer(memory, dtype=weight.dtype, count=max(elements, 1))[:elements].view(weight.shape)
     parameter: torch.nn.Parameter = torch.Tensor._make_subclass(weight.parameter_class, data, False)
     parameter.__dict__.update(weight.attributes)
     return parameter

@@ -1,0 +1,99 @@
+"""The benches' own parts that need no engine: geometries, rows, files, and what is said of a bad command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verl_ascend_rollout import cli
+from verl_ascend_rollout.bench import weights
+from verl_ascend_rollout.bench.table import BenchError, Column, plot, show, write_json
+from verl_ascend_rollout.toy_model import Geometry, scaled_to
+
+
+def test_the_full_geometry_is_qwen1_5_moe() -> None:
+    # 14.3 billion parameters, two bytes each (the model card of Qwen1.5-MoE-A2.7B).
+    assert Geometry().bytes() / 2 == pytest.approx(14.3e9, rel=0.01)
+    assert sum(1 for _ in Geometry().tensors()) == 24 * (2 + 7 + 2 + 61 * 3) + 3
+
+
+@pytest.mark.parametrize("size", [1 << 28, 1 << 30, 3 << 30])
+def test_widths_follow_the_size_and_depth_does_not(size: int) -> None:
+    geometry = scaled_to(size)
+    assert (geometry.layers, geometry.experts) == (24, 60)
+    assert 0.7 * size < geometry.bytes() <= size
+    assert geometry.hidden % geometry.head_size == 0
+    assert geometry.moe_intermediate % 64 == geometry.shared_intermediate % 64 == 0
+
+
+def test_what_does_not_fit_is_said_with_the_numbers() -> None:
+    with pytest.raises(BenchError, match=r"1048576\.00 GiB of weights are wanted 5 times, and .* are available"):
+        weights.fitting_geometry(1 << 50, 24, 60)
+    with pytest.raises(BenchError, match=r"a model of 1000 layers and 60 experts takes \d+ bytes at least"):
+        weights.fitting_geometry(1 << 20, 1000, 60)
+
+
+def rows() -> list[dict[str, Any]]:
+    found = {
+        "plain_copy": {"seconds": 0.5, "peak_extra_bytes": 0, "error": None},
+        "verl": {"seconds": None, "peak_extra_bytes": None, "error": "AttributeError: gone"},
+        "ours_later": {"seconds": 0.75, "peak_extra_bytes": 5 << 20, "error": None},
+    }
+    return [weights._row(path, row, 1_000_000_000, 0.5) for path, row in found.items()]
+
+
+def test_rows_have_a_ratio_to_the_plain_copy() -> None:
+    plain, verl, ours = rows()
+    assert (plain["ratio"], plain["gb_per_second"]) == (1.0, 2.0)
+    assert (verl["ratio"], verl["seconds"], verl["error"]) == (None, None, "AttributeError: gone")
+    assert ours["ratio"] == 1.5
+
+
+def test_the_files_hold_what_the_screen_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    always = weights._row("ours_later", {"seconds": 1.0, "peak_extra_bytes": 0, "error": None}, 10**9, 0.5)
+    facts = {"bytes": 10**9, "tensors": 3, "device": "cpu", "threads": 1, "verify_always": always}
+    written, picture = tmp_path / "rows.json", tmp_path / "rows.png"
+    weights.report(rows(), facts, str(written), str(picture))
+    assert json.loads(written.read_text())["rows"] == rows()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "AttributeError: gone" in shown
+    assert "with verify: always a later sync takes 1.000 s, 2.00 x plain copy" in shown
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="cannot be written: No such file"):
+        write_json(tmp_path / "no" / "rows.json", [], {})
+    with pytest.raises(BenchError, match="cannot be drawn"):
+        plot(tmp_path / "rows.nonsense", "title", "unit", {"a": 1.0}, None)
+
+
+def test_a_value_that_is_missing_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
+    show("title", (Column("a", "A", ".1f", 2.0), Column("b", "B")), [{"a": 1.0, "b": None}])
+    assert "2.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gib", "0"], "'0' is no size in GiB"),
+        (["--gib", "many"], "'many' is no size in GiB"),
+        (["--layers", "0"], "'0' is no whole number of at least 1"),
+        (["--repeats", "x"], "'x' is no whole number of at least 1"),
+    ],
+)
+def test_a_bad_command_is_one_sentence_and_exit_code_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "weights", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_geometry_that_cannot_be_is_one_sentence_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "weights", "--gib", "100000"]) == 1
+    error = capsys.readouterr().err
+    assert "ask for less with --gib" in error
+    assert "Traceback" not in error
