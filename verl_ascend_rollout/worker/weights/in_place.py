@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from verl_ascend_rollout.worker.weights import moe
+from verl_ascend_rollout.worker.weights import fused_experts, moe, tied
 from verl_ascend_rollout.worker.weights.layout import LayerRecord, record, recorded_layers
 from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 
@@ -45,7 +45,7 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
     """
     _refuse_what_cannot_be_loaded(model)
     moe.present_for_loading(model)
-    written = _Written()
+    written = _Written(tied=tied.aliases(model))
     load_weights: Any = model.load_weights
     try:
         with _counted_loaders(model, written):
@@ -53,7 +53,8 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
             def load(weights: Iterable[NamedTensor]) -> None:
                 stream = [(name, tensor) for name, tensor in weights if manifest.receive(name, tensor)]
                 if stream:
-                    written.names.update(load_weights(stream) or ())
+                    named = tied.renamed(fused_experts.split(stream, model_config), written.tied)
+                    written.names.update(load_weights(named) or ())
 
             yield load
         manifest.check(missing=_missing(model, written), duplicates=written.twice)
@@ -107,15 +108,19 @@ class _Written:
         names: the model's own names, as its `load_weights` returned them.
         regions: for each parameter (by id) the parts of it that its loader was given: expert and shard.
         twice: parts that were written more than once, by name.
+        tied: further names of parameters that have several (see `tied`).
     """
 
     names: set[str] = field(default_factory=set)
     regions: dict[int, set[tuple[Any, ...]]] = field(default_factory=dict)
     twice: list[str] = field(default_factory=list)
+    tied: dict[str, str] = field(default_factory=dict)
 
-    def note(self, parameter: torch.nn.Parameter, name: str, region: tuple[Any, ...]) -> None:
+    def note(
+        self, parameter: torch.nn.Parameter, name: str, region: tuple[Any, ...], before: torch.Tensor | None
+    ) -> None:
         known = self.regions.setdefault(id(parameter), set())
-        if region in known:
+        if region in known and (before is None or not torch.equal(before, parameter.data)):
             self.twice.append(f"{name}{list(region)}" if region else name)
         known.add(region)
 
@@ -154,6 +159,9 @@ def _counting(loader: Any, parameter: torch.nn.Parameter, name: str, written: _W
     def counted(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         wants_answer = bool(given.get("return_success", False))
+        # A tied head may come beside its embedding, if it is the same.
+        again = name in written.tied.values() and id(parameter) in written.regions
+        before = parameter.data.clone() if again else None
         if can_say:
             # Under expert parallelism a rank is given every expert and keeps its own.
             answer = loader(*args, **{**kwargs, "return_success": True})
@@ -162,7 +170,7 @@ def _counting(loader: Any, parameter: torch.nn.Parameter, name: str, written: _W
         else:
             answer = loader(*args, **kwargs)
         region = tuple(given[key] for key in ("shard_id", "loaded_shard_id", "expert_id") if given.get(key) is not None)
-        written.note(parameter, name, region)
+        written.note(parameter, name, region, before)
         return answer if wants_answer or not can_say else None
 
     return counted

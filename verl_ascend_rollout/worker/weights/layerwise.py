@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from verl_ascend_rollout.worker.weights.verify import Manifest
+from verl_ascend_rollout.worker.weights import fused_experts, loaders, tied
+from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 
 NamedTensor = tuple[str, torch.Tensor]
 Loader = Callable[[Iterable[NamedTensor]], None]
@@ -31,6 +32,7 @@ class _Received:
 
     names: set[str] = field(default_factory=set)
     buffers: list[NamedTensor] = field(default_factory=list)
+    tied: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @contextmanager
@@ -53,7 +55,11 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
     from verl.workers.rollout.vllm_rollout.weight_update_utils import apply_buffer_updates, split_buffer_updates
     from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, initialize_layerwise_reload
 
+    lacking = loaders.complaint(model)
+    if lacking:
+        raise WeightSyncError(lacking)
     received = _Received()
+    names = tied.aliases(model)
     load_weights: Any = model.load_weights
     _forget_prepacked_experts(model)
     initialize_layerwise_reload(model)
@@ -63,7 +69,8 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest) -> Ite
         parameter_updates, buffer_updates, _ = split_buffer_updates(model, stream)
         received.buffers.extend(buffer_updates)
         if parameter_updates:
-            received.names.update(load_weights(parameter_updates) or ())
+            split = fused_experts.split(parameter_updates, model_config)
+            received.names.update(load_weights(tied.doubled(split, names, received.tied)) or ())
 
     try:
         yield load
