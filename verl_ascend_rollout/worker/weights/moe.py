@@ -15,7 +15,9 @@ from collections.abc import Iterator
 
 import torch
 
+from verl_ascend_rollout.worker.weights import loaders
 from verl_ascend_rollout.worker.weights.layout import LayerRecord, WeightRecord, recorded_layers
+from verl_ascend_rollout.worker.weights.verify import WeightSyncError
 
 
 class LayoutError(RuntimeError):
@@ -34,10 +36,10 @@ def settle(model: torch.nn.Module) -> list[str]:
     Raises:
         LayoutError: a weight is in neither of its two forms.
     """
+    _give_back_loaders(model)
     changed = []
     for prefix, layer, record in recorded_layers(model):
         for name, weight, parameter in _weights(layer, record):
-            _restore_attributes(parameter, weight)
             if weight.layout == "transposed" and not _is_kernel_form(parameter, weight, f"{prefix}.{name}"):
                 parameter.data = parameter.data.transpose(-1, -2)
                 changed.append(f"{prefix}.{name}")
@@ -49,10 +51,14 @@ def present_for_loading(model: torch.nn.Module) -> None:
 
     Raises:
         LayoutError: a weight is in neither of its two forms.
+        WeightSyncError: experts have no loader and none can be had.
     """
+    _give_back_loaders(model)
+    lacking = loaders.complaint(model)
+    if lacking:
+        raise WeightSyncError(lacking)
     for prefix, layer, record in recorded_layers(model):
         for name, weight, parameter in _weights(layer, record):
-            _restore_attributes(parameter, weight)
             if weight.layout == "transposed" and _is_kernel_form(parameter, weight, f"{prefix}.{name}"):
                 parameter.data = parameter.data.transpose(-1, -2)
 
@@ -66,6 +72,14 @@ def not_loadable_in_place(model: torch.nn.Module) -> list[str]:
         # On a CPU they are staged.
         if weight.layout == "unknown" or (weight.layout == "repacked" and record.device != "cpu")
     ]
+
+
+def _give_back_loaders(model: torch.nn.Module) -> None:
+    """What was recorded of each parameter first; then vLLM's own loader for experts of layers that nobody recorded."""
+    for _, layer, record in recorded_layers(model):
+        for _, weight, parameter in _weights(layer, record):
+            _restore_attributes(parameter, weight)
+    loaders.attach(model)
 
 
 def _weights(layer: torch.nn.Module, record: LayerRecord) -> Iterator[tuple[str, WeightRecord, torch.nn.Parameter]]:
