@@ -109,6 +109,11 @@ def drop(runner: Any) -> Survivors:
     if survivors.bytes():
         # Only now: a collection takes longer than all the rest, and is for nothing where no cycle holds a tensor.
         gc.collect()
+    if survivors.bytes():
+        # vLLM has the collector overlook all that there was when it had started (0.28, gpu_worker.py:858).
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
     return survivors
 
 
@@ -131,17 +136,24 @@ class Survivors:
         if not self.bytes():
             return []
         found: set[str] = set()
-        for tensor in [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]:
+        gc.unfreeze()
+        held = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
+        for tensor in held:
             if tensor.untyped_storage().data_ptr() not in self._watched:
                 continue
             for referrer in gc.get_referrers(tensor):
+                if referrer is held:
+                    continue
                 if isinstance(referrer, dict):
                     owners = [o for o in gc.get_referrers(referrer) if getattr(o, "__dict__", None) is referrer]
                     kinds = [type(owner).__name__ for owner in owners] or ["a mapping"]
                     names = [str(key) for key, value in referrer.items() if value is tensor]
-                    found.update(f"{kind}.{name}" for kind in kinds for name in names)
-                elif isinstance(referrer, (tuple, set)):
-                    found.add(f"a {type(referrer).__name__}")
+                else:
+                    kinds = [type(referrer).__name__]
+                    names = [key for key, value in getattr(referrer, "__dict__", {}).items() if value is tensor]
+                found.update(f"{kind}.{name}" for kind in kinds for name in names)
+                found.update(kind for kind in kinds if not names)
+        gc.freeze()
         return sorted(found)
 
 
