@@ -15,6 +15,7 @@ from typing import get_args
 from packaging.version import InvalidVersion, Version
 
 from verl_ascend_rollout import ROLLOUT_NAME, __version__
+from verl_ascend_rollout.bench import cli as bench
 from verl_ascend_rollout.options import KVRung, OnUnsafe
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, PlatformName, Soc
 from verl_ascend_rollout.platforms.detect import detect, planned
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         if arguments.command == "explain":
             return _explain(arguments)
+        if arguments.command == "bench":
+            return bench.run(arguments)
     except SystemExit as stop:  # argparse's way out, also of --help and --version
         return stop.code if isinstance(stop.code, int) else 2
     except (PlatformError, PolicyError) as error:
@@ -74,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     wishes.add_argument("--lora", action="store_true", help="adapters are trained")
     wishes.add_argument("--mtp", action="store_true", help="multi-token prediction drafts")
     explain.add_argument("--json", action="store_true", help="print JSON")
+    bench.add_parser(commands)
     return parser
 
 

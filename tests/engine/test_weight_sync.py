@@ -56,22 +56,22 @@ def test_float32_weights_are_cast_on_arrival(server: Any, checkpoints: Any, fres
 
 
 @pytest.mark.parametrize(
-    ("left_out", "reported"),
+    "left_out",
     [
-        ("model.layers.1.mlp.experts.37.down_proj.weight", "model.layers.1.mlp.experts.routed_experts.w2_weight"),
-        ("model.layers.0.self_attn.k_proj.bias", "model.layers.0.self_attn.qkv_proj"),
-        ("model.layers.1.mlp.shared_expert_gate.weight", "model.layers.1.mlp.shared_expert_gate.weight"),
-        ("lm_head.weight", "lm_head.weight"),
-        ("model.norm.weight", "model.norm.weight"),
+        "model.layers.1.mlp.experts.37.down_proj.weight",
+        "model.layers.0.self_attn.k_proj.bias",
+        "model.layers.1.mlp.shared_expert_gate.weight",
+        "lm_head.weight",
+        "model.norm.weight",
     ],
 )
 def test_a_tensor_that_never_came_is_named_and_the_engine_refuses_to_generate(
-    server: Any, checkpoints: Any, fresh: Any, left_out: str, reported: str
+    server: Any, checkpoints: Any, fresh: Any, left_out: str
 ) -> None:
     started = time.monotonic()
     with pytest.raises(Exception, match="is not the whole model") as failure:
         server.sync([(name, tensor) for name, tensor in checkpoints[1].tensors() if name != left_out])
-    assert reported in str(failure.value)
+    assert left_out in str(failure.value)
     assert time.monotonic() - started < 60, "the sender waited for a receiver that had failed"
     with pytest.raises(Exception, match="refuses to generate: the last weight sync failed"):
         ray.get(server.start([5, 6, 7], f"refused-{left_out}"))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from typing import Any
 
 import pytest
 import torch
 
-from verl_ascend_rollout.worker.weights import in_place, layout, moe
+from verl_ascend_rollout.worker.weights import bracket, layout, moe
 from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 
 EXPERTS = 3
@@ -108,7 +109,7 @@ def processed(hidden: int = 8, intermediate: int = 6, process: Any = transpose) 
 
 
 def sync(model: Model, tensors: dict[str, torch.Tensor], **options: Any) -> None:
-    with in_place.reload(model, types.SimpleNamespace(dtype=torch.bfloat16), Manifest(**options)) as load:
+    with bracket.reload(model, types.SimpleNamespace(dtype=torch.bfloat16), Manifest(**options)) as load:
         for name, tensor in tensors.items():
             load([(name, tensor)])
 
@@ -143,9 +144,12 @@ def transpose_a_constant(layer: Any) -> None:
     layer.w13_weight = torch.nn.Parameter(layer.w13_weight.data.transpose(1, 2).contiguous(), requires_grad=False)
 
 
-def test_what_is_no_view_is_repacked_and_refused() -> None:
+def test_what_is_no_view_is_repacked_and_refused_where_it_cannot_be_staged() -> None:
     model = processed(process=repack)
-    assert layout.record(model.experts).weights["w13_weight"].layout == "repacked"  # type: ignore[union-attr]
+    found = layout.record(model.experts)
+    assert found is not None
+    assert found.weights["w13_weight"].layout == "repacked"
+    setattr(model.experts, layout.RECORD, dataclasses.replace(found, device="npu"))
     with pytest.raises(WeightSyncError, match=r"experts\.w13_weight \(repacked\).*VLLM_ASCEND_ENABLE_NZ=0"):
         sync(model, checkpoint(8, 6, 1))
 

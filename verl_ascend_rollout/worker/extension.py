@@ -10,7 +10,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl_ascend_rollout import plugin
 from verl_ascend_rollout.transport.receiver import receive_weights
 from verl_ascend_rollout.worker.lifecycle import AscendSafeLifecycle
-from verl_ascend_rollout.worker.weights import layerwise
+from verl_ascend_rollout.worker.weights import bracket
 from verl_ascend_rollout.worker.weights.verify import WeightSyncError
 
 
@@ -70,25 +70,24 @@ class AscendSafeWorkerExtension(AscendSafeLifecycle, vLLMColocateWorkerExtension
         # vLLM's CPU worker has its device; some others leave it unset (verl 0.9.1, vllm_rollout/utils.py:243).
         device: torch.device = getattr(self, "device", None) or torch.device("cpu")
 
-        def receive(load: layerwise.Loader) -> dict[str, Any]:
-            # Copies: the layerwise reload keeps what it is given until a layer is whole, when the sender has long
-            # written the next bucket over it.
-            came = receive_weights(rendezvous or "", load, rank=int(self.rank), device=device, timeout=timeout)
+        def receive(load: bracket.Loader) -> dict[str, Any]:
+            # No copies: the bracket keeps nothing of what it is given.
+            came = receive_weights(
+                rendezvous or "", load, rank=int(self.rank), device=device, copy=False, timeout=timeout
+            )
             return {"transfer_seconds": came.seconds, "checksum": came.checksum}
 
-        def receive_by_verl(load: layerwise.Loader) -> None:
+        def receive_by_verl(load: bracket.Loader) -> None:
             from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
             receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=device, use_shm=use_shm)
             failures: list[Exception] = []
 
-            def on_bucket_received(weights: list[layerwise.NamedTensor], is_last: bool) -> None:
+            def on_bucket_received(weights: list[bracket.NamedTensor], is_last: bool) -> None:
                 if failures:
                     return
                 try:
-                    # `tensor.to("cpu")` is the bucket itself on a CPU.
-                    keeps = self._ascend_safe_path() == "layerwise_reload"
-                    load((name, tensor.clone() if keeps else tensor) for name, tensor in weights)
+                    load(weights)
                 except Exception as error:
                     # The rest of the stream is still taken off the sender's hands, or it would wait for ever.  The
                     # frames go: they hold the bucket, and closing it would fail with an error that hides this one.

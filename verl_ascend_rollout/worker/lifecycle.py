@@ -18,7 +18,8 @@ import torch
 
 from verl_ascend_rollout import events
 from verl_ascend_rollout.worker import answers, kv_cache
-from verl_ascend_rollout.worker.weights import in_place, layerwise, moe
+from verl_ascend_rollout.worker.weights import bracket, moe
+from verl_ascend_rollout.worker.weights.plan import Plan
 from verl_ascend_rollout.worker.weights.verify import Manifest
 
 logger = logging.getLogger("verl_ascend_rollout.worker")
@@ -95,9 +96,9 @@ class AscendSafeLifecycle:
 
     def ascend_safe_settle(self) -> list[str]:
         """Put weights that a wake-up left in checkpoint form into kernel form; their names (see `moe.settle`)."""
-        if self._ascend_safe_path() != "in_place":
+        if self._ascend_safe_path() == "verl":
             return []
-        return moe.settle(in_place.unwrapped(self.model_runner))
+        return moe.settle(bracket.unwrapped(self.model_runner))
 
     def ascend_safe_memory(self, kv_asleep: bool | None = None) -> dict[str, int]:
         """Bytes that the KV tensors hold, what is used of the device, and the process's resident memory.
@@ -130,7 +131,7 @@ class AscendSafeLifecycle:
 
         from safetensors import safe_open
 
-        def receive(load: layerwise.Loader) -> None:
+        def receive(load: bracket.Loader) -> None:
             for file in sorted(Path(path).glob("*.safetensors")):
                 with safe_open(file, framework="pt") as checkpoint:
                     for name in checkpoint.keys():  # noqa: SIM118 - a safetensors file is no mapping
@@ -151,19 +152,22 @@ class AscendSafeLifecycle:
 
         self._ascend_safe_syncs = getattr(self, "_ascend_safe_syncs", 0) + 1
         verify = getattr(self, "_ascend_safe_verify", "first")
+        reads_values = verify == "always" or (verify == "first" and self._ascend_safe_syncs == 1)
         manifest = Manifest(
-            complete=verify != "off",
-            finite=verify == "always" or (verify == "first" and self._ascend_safe_syncs == 1),
-            sync=self._ascend_safe_syncs,
+            complete=verify != "off", finite=reads_values, compare=reads_values, sync=self._ascend_safe_syncs
         )
+        # What the first sync did, for the next ones to repeat.
+        plan: Plan | None = getattr(self, "_ascend_safe_plan", None)
+        if plan is None:
+            plan = self._ascend_safe_plan = Plan()
+        replayed = plan.replayable
         started = time.perf_counter()
         runner = self.model_runner
-        reload = in_place.reload if self._ascend_safe_path() == "in_place" else layerwise.reload
-        model = in_place.unwrapped(runner)
+        model = bracket.unwrapped(runner)
         with (
             torch.no_grad(),
             set_current_vllm_config(runner.vllm_config),
-            reload(model, runner.vllm_config.model_config, manifest) as load,
+            bracket.reload(model, runner.vllm_config.model_config, manifest, plan) as load,
         ):
             received: dict[str, Any] = receive(load) or {}
         summary = {
@@ -179,7 +183,7 @@ class AscendSafeLifecycle:
                 detail={
                     "tensors": summary["tensors"],
                     "bytes": summary["bytes"],
-                    "path": self._ascend_safe_path(),
+                    "path": "replay" if replayed else "loader",
                     **received,
                 },
             )

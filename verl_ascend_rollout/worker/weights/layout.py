@@ -1,15 +1,17 @@
 """Which layout each weight has in its kernel, recorded when the layer is made and never guessed afterwards.
 
 A layer's `process_weights_after_loading` may leave a weight as it came (`identity`), swap its last two axes
-(`transposed`: vllm-ascend's experts in every release from 0.11 on), or make something of it that is no view of the
-checkpoint's form (`repacked`: oneDNN, AMX, shuffles, FRACTAL_NZ).  What it did is found here by looking: a sample of
-the weight's elements is taken before and looked for after.  Shapes would not tell: with hidden == 2 * intermediate / tp
+(`transposed`: vllm-ascend's experts in every release from 0.11 on), pack it in blocks in a tensor of the same shape
+(`prepacked`: experts on a CPU, see `prepack`), or make something else of it that is no view of the checkpoint's form
+(`repacked`: oneDNN, shuffles, FRACTAL_NZ).  What it did is found here by looking: a sample of the weight's elements is
+taken before and looked for after.  Shapes would not tell: with hidden == 2 * intermediate / tp
 the two forms of `w13_weight` have the same shape, and guessing by it is silently wrong (verl 0.8.0, npu_vllm_patch.py;
 the loaders of vllm-ascend 0.11.0, ops/common_fused_moe.py:336).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ from typing import Any, Literal
 
 import torch
 
-Layout = Literal["identity", "transposed", "repacked", "unknown"]
+from verl_ascend_rollout.worker.weights import prepack
+
+Layout = Literal["identity", "transposed", "prepacked", "repacked", "unknown"]
 
 RECORD = "_ascend_safe_layout"
 """The attribute of a layer that holds its LayerRecord."""
@@ -36,12 +40,16 @@ class WeightRecord:
         dtype: in checkpoint form.
         attributes: what vLLM had set on the parameter, `weight_loader` before all; vllm-ascend 0.11 to 0.26 makes new
             parameters without them.
+        parameter_class: of the parameter; vLLM has classes of its own, with loading methods.
+        isa: of `prepacked` weights, the instruction set (see `prepack`).
     """
 
     layout: Layout
     shape: tuple[int, ...]
     dtype: torch.dtype
     attributes: Mapping[str, Any]
+    parameter_class: type[torch.nn.Parameter] = torch.nn.Parameter
+    isa: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,10 +61,12 @@ class LayerRecord:
         derived: names of tensors that the processing made beside them, such as vllm-ascend's fp32 copy of the router
             (`weight_fp32`, ops/linear.py; 0.23 for DeepSeek-V4, 0.28 for all): they go stale with every weight that is
             loaded.
+        device: the type of device that the weights are on.
     """
 
     weights: Mapping[str, WeightRecord]
     derived: tuple[str, ...]
+    device: str = ""
 
 
 def watch_new_models(module: Any) -> None:
@@ -114,23 +124,25 @@ def _watch_method(method: Any) -> None:
     def process_and_record(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if hasattr(layer, RECORD):
             return process(layer, *args, **kwargs)
-        before = {name: _Look.at(parameter) for name, parameter in layer.named_parameters(recurse=False)}
+        before = {name: _Look.at(name, parameter) for name, parameter in layer.named_parameters(recurse=False)}
         tensors = set(_tensors(layer))
         result = process(layer, *args, **kwargs)
         after = _tensors(layer)
-        setattr(
-            layer,
-            RECORD,
-            LayerRecord(
-                weights={name: look.record(after.get(name)) for name, look in before.items()},
-                derived=tuple(sorted(set(after) - tensors)),
-            ),
-        )
+        weights = {name: look.record(layer, name, after.get(name)) for name, look in before.items()}
+        if any(weight.layout == "repacked" for weight in weights.values()):
+            # A layer is rebuilt as a whole, or not at all.
+            weights = {name: _whole(weight) for name, weight in weights.items()}
+        device = next((look.device for look in before.values()), "")
+        setattr(layer, RECORD, LayerRecord(weights, tuple(sorted(set(after) - tensors)), device))
         return result
 
     process_and_record._ascend_safe_patched = True  # type: ignore[attr-defined]
     # On the object: vllm-ascend 0.13 to 0.23 wraps it there as well, for shared experts (ops/fused_moe/fused_moe.py).
     method.process_weights_after_loading = process_and_record
+
+
+def _whole(weight: WeightRecord) -> WeightRecord:
+    return dataclasses.replace(weight, layout="repacked", isa="") if weight.layout == "prepacked" else weight
 
 
 def _tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -152,9 +164,12 @@ class _Look:
     stride: tuple[int, ...]
     dtype: torch.dtype
     attributes: dict[str, Any]
+    parameter_class: type[torch.nn.Parameter]
+    device: str
+    experts: prepack.Sample | None
 
     @classmethod
-    def at(cls, weight: torch.Tensor) -> _Look:
+    def at(cls, name: str, weight: torch.nn.Parameter) -> _Look:
         # A generator of its own: the engine's random numbers must not depend on being watched.
         generator = torch.Generator().manual_seed(0)
         positions = tuple(
@@ -168,10 +183,22 @@ class _Look:
             stride=weight.stride(),
             dtype=weight.dtype,
             attributes=dict(vars(weight)),
+            parameter_class=type(weight),
+            device=weight.device.type,
+            experts=prepack.Sample.of(name, weight),
         )
 
-    def record(self, after: torch.Tensor | None) -> WeightRecord:
-        return WeightRecord(self._layout(after), self.shape, self.dtype, self.attributes)
+    def record(self, layer: torch.nn.Module, name: str, after: torch.Tensor | None) -> WeightRecord:
+        layout = self._layout(after)
+        isa = prepack.instruction_set(layer, name, self.experts, after) if layout == "repacked" else None
+        return WeightRecord(
+            layout="prepacked" if isa else layout,
+            shape=self.shape,
+            dtype=self.dtype,
+            attributes=self.attributes,
+            parameter_class=self.parameter_class,
+            isa=isa or "",
+        )
 
     def _layout(self, after: torch.Tensor | None) -> Layout:
         if after is None or after.dtype != self.dtype or after.numel() == 0 or self.bits.numel() == 0:

@@ -63,7 +63,8 @@ def not_loadable_in_place(model: torch.nn.Module) -> list[str]:
         f"{prefix}.{name} ({weight.layout})"
         for prefix, _, record in recorded_layers(model)
         for name, weight in record.weights.items()
-        if weight.layout in ("repacked", "unknown")
+        # On a CPU they are staged.
+        if weight.layout == "unknown" or (weight.layout == "repacked" and record.device != "cpu")
     ]
 
 

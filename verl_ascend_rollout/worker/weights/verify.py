@@ -26,16 +26,21 @@ class Manifest:
     Attributes:
         complete: whether parameters that never came are an error in this sync (free: names are counted anyway).
         finite: whether values that are NaN or Inf are an error in this sync (reads every byte once).
+        compare: whether what was written is read back, through the view that it was written through, and compared with
+            what came (reads every byte twice more).
         sync: the number of the sync, from 1, for messages.
         names: names received, each with the bytes of its tensor.
     """
 
     complete: bool = True
     finite: bool = True
+    compare: bool = False
     sync: int = 1
     names: dict[str, int] = field(default_factory=dict)
     _duplicates: list[str] = field(default_factory=list)
     _not_finite: list[str] = field(default_factory=list)
+    _refused: dict[str, str] = field(default_factory=dict)
+    _not_as_sent: list[str] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -52,6 +57,16 @@ class Manifest:
             self._not_finite.append(name)
         return True
 
+    def refuse(self, name: str, reason: str) -> None:
+        """Note a tensor that the model does not take: a name that it does not have, a wrong shape, a wrong dtype."""
+        self._refused[name] = reason
+
+    def not_as_sent(self, name: str) -> None:
+        """Note a tensor that is not in the model as it came."""
+        # A NaN differs from itself, and is reported as what it is.
+        if name not in self._not_finite and name not in self._not_as_sent:
+            self._not_as_sent.append(name)
+
     def check(self, missing: list[str], duplicates: Sequence[str] = ()) -> None:
         """Raise if the sync was not the whole model.
 
@@ -60,14 +75,17 @@ class Manifest:
             duplicates: parts of the model that were written more than once, by tensors of different names.
 
         Raises:
-            WeightSyncError: listing missing, duplicate and not-finite tensors, all at once.
+            WeightSyncError: listing missing, duplicate, refused and not-finite tensors, and those that are not in the
+                model as they came, all at once.
         """
         if not self.complete:
             missing = []
         findings = [
             _list_names("missing from the stream", missing),
             _list_names("sent more than once", [*self._duplicates, *duplicates]),
+            _list_names("refused by the model", [f"{name} ({reason})" for name, reason in self._refused.items()]),
             _list_names("holding NaN or Inf", self._not_finite),
+            _list_names("not in the model as they came", self._not_as_sent),
         ]
         found = [finding for finding in findings if finding]
         if found:
@@ -76,6 +94,17 @@ class Manifest:
                 + "; ".join(found)
                 + ". The engine generates nothing until a full sync has passed"
             )
+
+
+def differs(written: torch.Tensor, sent: torch.Tensor) -> bool:
+    """Whether a part of the model is not what was sent, cast to the model's dtype."""
+    return not torch.equal(written, sent.to(device=written.device, dtype=written.dtype))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _has_nan_or_inf(tensor: torch.Tensor) -> bool:

@@ -1,0 +1,207 @@
+"""A weight sync along the routes that an earlier one wrote down: copies, and nothing else.
+
+On a CPU, a weight that the kernel wants packed is packed straight out of the bucket into its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from verl_ascend_rollout.worker.weights import prepack
+from verl_ascend_rollout.worker.weights.plan import Copy, NamedTensor, Plan, Recorder, Route, logger
+from verl_ascend_rollout.worker.weights.staging import Staging, storage_of
+from verl_ascend_rollout.worker.weights.verify import Manifest, differs, first_line
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A parameter for the time of a sync.
+
+    Attributes:
+        tensor: in checkpoint form, or packed.
+        isa: for which instruction set it is packed; empty where it is not.
+        storage: see `storage_of`.
+    """
+
+    tensor: torch.Tensor
+    isa: str
+    storage: int
+
+
+@dataclass
+class _Batch:
+    """The copies of one bucket."""
+
+    destinations: list[torch.Tensor] = field(default_factory=list)
+    sources: list[torch.Tensor] = field(default_factory=list)
+    packs: list[tuple[torch.Tensor, torch.Tensor, str]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    pack_names: list[str] = field(default_factory=list)
+
+
+class ReplayPass:
+    """One sync along a plan."""
+
+    def __init__(self, model: torch.nn.Module, manifest: Manifest, plan: Plan, staging: Staging) -> None:
+        """Begin; the model's weights are in checkpoint form, except those that are packed directly.
+
+        Args:
+            model: whose loader is asked where a tensor goes that did not come as it was written down.
+            manifest: is told what comes and what is refused.
+            plan: replayable.
+            staging: is told what is written.
+        """
+        self._model = model
+        self._manifest = manifest
+        self._plan = plan
+        self._staging = staging
+        self._parameters = dict(model.named_parameters())
+        self._targets = {
+            name: _Target(parameter.data, plan.packed.get(name, ""), storage_of(parameter))
+            for name, parameter in self._parameters.items()
+        }
+        self._covered = dict.fromkeys(plan.targets, 0)
+        self._asked: dict[str, Route] = {}
+
+    def load(self, weights: Iterable[NamedTensor]) -> None:
+        """Copy pairs in checkpoint form to their places; each tensor is copied before this returns."""
+        batch = _Batch()
+        written: dict[int, int] = {}
+        for name, tensor in weights:
+            if not self._manifest.receive(name, tensor):
+                continue
+            tensor = tensor.contiguous()
+            route = self._plan.routes.get(name)
+            if route is None or not route.takes(tensor):
+                route = self._ask(name, tensor)
+            for copy in route.copies if route is not None else ():
+                self._add(batch, name, copy, tensor)
+                elements = copy.destination.elements
+                self._covered[copy.target] = self._covered.get(copy.target, 0) + elements
+                storage = self._targets[copy.target].storage
+                written[storage] = written.get(storage, 0) + elements
+        _copy_all(batch)
+        if self._manifest.compare:
+            self._compare(batch)
+        for storage, elements in written.items():
+            self._staging.came(storage, elements)
+        self._staging.process_whole_layers()
+
+    def missing(self) -> list[str]:
+        """The stream's names of tensors that never came, where nothing else came for their places."""
+        short = {target for target, wanted in self._plan.targets.items() if self._covered[target] < wanted}
+        names = [
+            name
+            for name, route in self._plan.routes.items()
+            if name not in self._manifest.names and any(copy.target in short for copy in route.copies)
+        ]
+        explained = {copy.target for name in names for copy in self._plan.routes[name].copies}
+        return sorted([*names, *(short - explained)])
+
+    def written_twice(self) -> list[str]:
+        """Parts of parameters that more than one tensor was written into."""
+        if not self._asked:
+            return []  # the names are other names than before, or none, and each came once
+        seen: dict[tuple[str, Any], str] = {}
+        twice = []
+        for name in self._manifest.names:
+            route = self._asked.get(name) or self._plan.routes.get(name)
+            for copy in route.copies if route is not None else ():
+                first = seen.setdefault((copy.target, copy.destination), name)
+                if first != name:
+                    twice.append(f"{name} (the place of {first})")
+        return twice
+
+    def keep_plan(self) -> None:
+        """The sync was whole: what came otherwise than written down is written down."""
+        if not self._asked:
+            return
+        self._plan.routes = {name: self._asked.get(name) or self._plan.routes[name] for name in self._manifest.names}
+        if not self._plan.asked_again:
+            self._plan.asked_again = True
+            name, route = next(iter(self._asked.items()))
+            logger.info(
+                "%d tensors of this weight sync did not come as in the one before (the first: %s, %s of shape %s): the "
+                "model's own loader was asked where they go",
+                len(self._asked),
+                name,
+                route.dtype,
+                route.shape,
+            )
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def _ask(self, name: str, tensor: torch.Tensor) -> Route | None:
+        """Where the model's own loader would put a tensor now; `None`, and noted, where it refuses it."""
+        recorder = Recorder(self._parameters, self._staging.storages(), write=False)
+        load_weights: Any = self._model.load_weights
+        try:
+            with recorder:
+                load_weights(recorder.watched([(name, tensor)]))
+        except Exception as error:
+            known = self._plan.routes.get(name)
+            change = f"came as {tensor.dtype} of shape {tuple(tensor.shape)}"
+            before = f" instead of {known.dtype} of shape {known.shape}" if known is not None else ""
+            self._manifest.refuse(name, f"{change}{before}: {first_line(error)}")
+            return None
+        route = recorder.routes.get(name)
+        wrong = recorder.not_plain.get(name)
+        if route is not None:
+            for copy in route.copies:
+                target, part = self._targets[copy.target], copy.destination
+                if target.isa and not prepack.fits(part.size, part.stride, part.offset, tuple(target.tensor.shape)):
+                    wrong = f"a part of {copy.target} that cannot be packed alone"
+        if wrong is not None or route is None:
+            self._manifest.refuse(name, f"came otherwise than before, and its loader does {wrong}; sync again")
+            return None
+        self._asked[name] = route
+        return route
+
+    def _add(self, batch: _Batch, name: str, copy: Copy, tensor: torch.Tensor) -> None:
+        target = self._targets[copy.target]
+        source = tensor if copy.source is None else copy.source.in_tensor(tensor)
+        destination = copy.destination.in_tensor(target.tensor)
+        if target.isa:
+            batch.packs.append((source.to(destination.dtype), destination, target.isa))
+            batch.pack_names.append(name)
+        else:
+            batch.destinations.append(destination)
+            batch.sources.append(source)
+            batch.names.append(name)
+
+    def _compare(self, batch: _Batch) -> None:
+        """Read what was written back through the view that it was written through."""
+        for name, destination, source in zip(batch.names, batch.destinations, batch.sources, strict=True):
+            if differs(destination, source):
+                self._manifest.not_as_sent(name)
+        for name, (source, destination, isa) in zip(batch.pack_names, batch.packs, strict=True):
+            again = torch.empty(destination.shape, dtype=destination.dtype)
+            prepack.pack(source, again, isa)
+            if differs(destination, again):
+                self._manifest.not_as_sent(name)
+
+
+def _copy_all(batch: _Batch) -> None:
+    if batch.destinations:
+        # One call for all: on a CPU a loop without Python, on CUDA one kernel for many copies.
+        torch._foreach_copy_(batch.destinations, batch.sources)
+    threads = torch.get_num_threads()
+    if threads < 2 or len(batch.packs) < threads:
+        _pack(batch.packs)
+        return
+    # The kernel's own threads share out experts, and here each call has one.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(_pack, (batch.packs[number::threads] for number in range(threads))))
+
+
+def _pack(packs: list[tuple[torch.Tensor, torch.Tensor, str]]) -> None:
+    for source, destination, isa in packs:
+        prepack.pack(source, destination, isa)

@@ -1,0 +1,201 @@
+"""Layers whose kernel form is no view of the checkpoint form: rebuilt by their own code, as soon as they are whole.
+
+On a CPU, vLLM packs linear weights for oneDNN and leaves the parameter empty, packs experts in place, and packs a copy
+of the embeddings beside them.  A second `load_weights` is refused at best (a parameter of shape (0,)), and at worst
+accepted: packed experts have the checkpoint's shape, and vLLM 0.28's own reload leaves them unpacked, because their
+method skips the packing once it has a kernel (unquantized_fused_moe_method.py:134-149).
+
+Here such a layer gets parameters in checkpoint form for the time of a sync.  They are memory that is asked for and not
+touched, which takes no room until a weight comes; the layer is processed by its own code once all have come, and what
+was staged is let go: memory for one layer at a time, if the weights come layer by layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from verl_ascend_rollout.worker.weights import prepack
+from verl_ascend_rollout.worker.weights.layout import LayerRecord, WeightRecord, recorded_layers
+
+
+@dataclass
+class StagedLayer:
+    """One layer for the time of a sync.
+
+    Attributes:
+        prefix, layer, record: which it is.
+        kernel: the parameters that its kernels had, by name, where others stand in for them now.
+        missing: for each of its parameters the elements that have not come yet.
+        processed: whether it has been rebuilt from what came.
+    """
+
+    prefix: str
+    layer: Any
+    record: LayerRecord
+    kernel: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+    processed: bool = False
+
+    def present(self, direct: Callable[[str], bool]) -> None:
+        """Put parameters in checkpoint form in place of the kernels', except for prepacked ones that are packed
+        region by region: those that `direct` says yes to, by the name of the parameter."""
+        for name, weight in self.record.weights.items():
+            parameter = getattr(self.layer, name, None)
+            if not isinstance(parameter, torch.nn.Parameter):
+                continue
+            if weight.layout == "repacked" or (weight.layout == "prepacked" and not direct(f"{self.prefix}.{name}")):
+                self.kernel[name] = parameter
+                setattr(self.layer, name, _empty(weight))
+            self.missing[name] = _elements(weight)
+
+    def came(self, name: str, elements: int) -> bool:
+        """Note that a part of a parameter has come; whether the layer is whole now."""
+        self.missing[name] -= elements
+        return not self.processed and all(left <= 0 for left in self.missing.values())
+
+    def process(self) -> None:
+        """Rebuild the layer from what came, and let go of what was staged."""
+        self.processed = True
+        weights = self.record.weights
+        staged = {name: getattr(self.layer, name) for name in self.kernel}
+        if any(weight.layout == "prepacked" for weight in weights.values()):
+            for name, kernel in self.kernel.items():
+                prepack.pack(getattr(self.layer, name).data, kernel.data, weights[name].isa)
+                setattr(self.layer, name, kernel)
+        else:
+            # Also a layer that has its weights in checkpoint form: its code may have packed a copy of them (lm_head).
+            _process_anew(self.layer)
+        for name, parameter in staged.items():
+            if getattr(self.layer, name, None) is not parameter:
+                # Somebody may still hold the parameter, with nothing in it.
+                parameter.data = torch.empty(0, dtype=parameter.dtype)
+        self.kernel.clear()
+
+    def give_up(self) -> None:
+        """Put back what the kernels had; for a layer that did not become whole."""
+        for name, kernel in self.kernel.items():
+            setattr(self.layer, name, kernel)
+        self.kernel.clear()
+
+
+class Staging:
+    """The layers of a model that are rebuilt in a sync: on a CPU all that have code for it and are not loaded in place
+    by `moe` or derived again by `bracket`; elsewhere none."""
+
+    def __init__(self, model: torch.nn.Module, direct: Callable[[str], bool] = lambda name: False) -> None:
+        """Present the layers.
+
+        Args:
+            model: in the state in which it serves.
+            direct: of a prepacked weight, by the name of its parameter, whether it is packed region by region.
+        """
+        self.layers = [StagedLayer(prefix, layer, record) for prefix, layer, record in _rebuilt_layers(model)]
+        for layer in self.layers:
+            layer.present(direct)
+        # Tied weights belong to several layers.
+        self._by_storage: dict[int, list[tuple[StagedLayer, str]]] = {}
+        for layer in self.layers:
+            for name in layer.missing:
+                storage = storage_of(getattr(layer.layer, name))
+                self._by_storage.setdefault(storage, []).append((layer, name))
+        self._whole: list[StagedLayer] = []
+        self._processed: set[int] = set()
+
+    def came(self, storage: int, elements: int) -> None:
+        """Note that elements have been written into a storage (see `storage_of`)."""
+        for layer, name in self._by_storage.get(storage, ()):
+            if layer.came(name, elements):
+                self._whole.append(layer)
+
+    def process_whole_layers(self) -> None:
+        """Rebuild the layers of which all has come since the last call."""
+        for layer in self._whole:
+            self._process(layer)
+        self._whole.clear()
+
+    def process_rest(self) -> None:
+        """Rebuild the layers that are not whole by count; for the end of a sync that was found to be complete: a
+        vocabulary is padded, and nobody sends the padding."""
+        for layer in self.layers:
+            self._process(layer)
+
+    def _process(self, layer: StagedLayer) -> None:
+        if not layer.processed:
+            layer.process()
+            self._processed.add(id(layer.layer))
+
+    def give_up(self) -> None:
+        """Put back what the kernels of unprocessed layers had."""
+        for layer in self.layers:
+            if not layer.processed:
+                layer.give_up()
+
+    def storages(self) -> set[int]:
+        """The storages that are there for this sync only."""
+        return {storage_of(getattr(layer.layer, name)) for layer in self.layers for name in layer.kernel}
+
+    def closed(self) -> dict[int, str]:
+        """Names by storage of the weights of rebuilt layers: nothing may be loaded into them any more."""
+        return {
+            storage_of(getattr(layer.layer, name)): f"{layer.prefix}.{name}"
+            for layer in self.layers
+            if layer.processed
+            for name, weight in layer.record.weights.items()
+            if weight.layout == "prepacked"
+        }
+
+    def is_processed(self, layer: torch.nn.Module) -> bool:
+        """Whether a layer has been rebuilt in this sync."""
+        return id(layer) in self._processed
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """What tells the storage of a tensor from all others that exist at the same time, also where it has no address."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _rebuilt_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, LayerRecord]]:
+    for prefix, layer, record in recorded_layers(model):
+        layouts = {weight.layout for weight in record.weights.values()}
+        in_place = "transposed" in layouts or (record.derived and layouts == {"identity"})
+        if record.device == "cpu" and not in_place:
+            yield prefix, layer, record
+
+
+def _elements(weight: WeightRecord) -> int:
+    elements = 1
+    for size in weight.shape:
+        elements *= size
+    return elements
+
+
+def _empty(weight: WeightRecord) -> torch.nn.Parameter:
+    """A parameter like the one that vLLM made first: its class, its attributes, its shape; its values are undefined."""
+    data = torch.empty(weight.shape, dtype=weight.dtype)
+    parameter: torch.nn.Parameter = torch.Tensor._make_subclass(weight.parameter_class, data, False)
+    parameter.__dict__.update(weight.attributes)
+    return parameter
+
+
+def _process_anew(layer: Any) -> None:
+    """Run the layer's own processing as if for the first time.
+
+    A MoE method that has a kernel takes what it is given for packed.  Routing replay (R3) hangs its capture function on
+    that kernel, so it moves to the new one.
+    """
+    method = layer.quant_method
+    kernel = getattr(method, "moe_kernel", None)
+    capture = getattr(getattr(kernel, "fused_experts", None), "routing_replay_capture_fn", None)
+    if kernel is not None:
+        method.moe_kernel = None
+    with suppress(AttributeError):
+        # vLLM's own mark for methods that process once (0.28, reload/layerwise.py).
+        del layer._already_called_process_weights_after_loading
+    method.process_weights_after_loading(layer)
+    if capture is not None:
+        method.moe_kernel.fused_experts.set_capture_fn(capture)
