@@ -87,7 +87,7 @@ def attention_layers() -> dict[str, Any]:
 
 
 def v2_runner(layers: dict[str, Any]) -> Any:
-    """vLLM's V2 model runner without a device, with what its `initialize_kv_cache` sets and we rely on.  It wants Triton
+    """vLLM's V2 model runner without a device: what its `initialize_kv_cache` sets and we rely on.  It wants Triton
     and so runs on no CPU (vLLM 0.28, config/vllm.py:652)."""
     from vllm.config import CacheConfig, CompilationConfig, VllmConfig
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
