@@ -334,7 +334,7 @@ def _make_tensors(worker: Any) -> None:
                 raise
             kv_aliases.drop(runner)
             if attempt != "first":
-                raise KVCacheMemoryError(_out_of_memory(worker, runner.kv_cache_config)) from error
+                raise KVCacheMemoryError(_out_of_memory(worker, runner.kv_cache_config, error)) from error
         # Outside of the handler, whose traceback holds the tensors that were made before memory ran out.
         gc.collect()
         _empty_allocator(worker)
@@ -343,12 +343,12 @@ def _make_tensors(worker: Any) -> None:
         runner._init_kv_zero_meta()
 
 
-def _out_of_memory(worker: Any, kv_cache_config: Any) -> str:
+def _out_of_memory(worker: Any, kv_cache_config: Any, error: BaseException) -> str:
     wanted = sum(getattr(tensor, "size", 0) for tensor in getattr(kv_cache_config, "kv_cache_tensors", ()))
     available, total = _memory(worker)
     return (
         f"There is no room to make the KV cache again: it takes {wanted / 2**30:.2f} GiB, and {available / 2**30:.2f} "
-        f"of {total / 2**30:.2f} GiB are available; lower actor_rollout_ref.rollout.gpu_memory_utilization (on a CPU "
+        f"of {total / 2**30:.2f} GiB are available (the allocator: {' '.join(str(error).split())[:300]}); lower actor_rollout_ref.rollout.gpu_memory_utilization (on a CPU "
         "engine_kwargs.vllm.kv_cache_memory_bytes), or offload the trainer's parameters and optimizer before generation"
     )
 
