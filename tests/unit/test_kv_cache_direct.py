@@ -199,7 +199,8 @@ def test_no_room_is_said_with_numbers_and_leaves_nothing_behind() -> None:
     kv_cache.free(it, "direct")
     runner.failures = 2
     with pytest.raises(
-        kv_cache.KVCacheMemoryError, match=r"it takes 0\.00 GiB, and .* are available; lower .*gpu_memory_utilization"
+        kv_cache.KVCacheMemoryError,
+        match=r"it takes 0\.00 GiB, and .* available \(the allocator: .*1048576.*\); lower .*gpu_memory_util",
     ):
         kv_cache.init(it, "direct")
     assert kv_cache.kv_bytes(it) == 0

@@ -346,10 +346,12 @@ def _make_tensors(worker: Any) -> None:
 def _out_of_memory(worker: Any, kv_cache_config: Any, error: BaseException) -> str:
     wanted = sum(getattr(tensor, "size", 0) for tensor in getattr(kv_cache_config, "kv_cache_tensors", ()))
     available, total = _memory(worker)
+    allocator = " ".join(str(error).split())[:300]
     return (
         f"There is no room to make the KV cache again: it takes {wanted / 2**30:.2f} GiB, and {available / 2**30:.2f} "
-        f"of {total / 2**30:.2f} GiB are available (the allocator: {' '.join(str(error).split())[:300]}); lower actor_rollout_ref.rollout.gpu_memory_utilization (on a CPU "
-        "engine_kwargs.vllm.kv_cache_memory_bytes), or offload the trainer's parameters and optimizer before generation"
+        f"of {total / 2**30:.2f} GiB are available (the allocator: {allocator}); lower "
+        "actor_rollout_ref.rollout.gpu_memory_utilization (on a CPU engine_kwargs.vllm.kv_cache_memory_bytes), or "
+        "offload the trainer's parameters and optimizer before generation"
     )
 
 
