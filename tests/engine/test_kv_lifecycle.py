@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import resource
 import statistics
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import rollout_server
 
 from verl_ascend_rollout import events
 
@@ -199,86 +198,25 @@ def test_cycles_change_no_answer_and_leave_nothing_behind(server: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def reference(server: Any) -> dict[int, list[int]]:
-    """What each prompt gives when it is alone, one after the other."""
-    found = {}
-    for number, prompt in enumerate(prompts()):
-        output = ray.get(server.start(prompt, f"reference-{number}", max_tokens=TOKENS), timeout=SECONDS)
-        found[number] = list(output.token_ids)
-    return found
-
-
-def prompts() -> list[list[int]]:
-    source = random.Random(5)
-    return [[source.randrange(5, 85) for _ in range(source.choice((3, 20, 40, 100)))] for _ in range(16)]
+def reference(server: Any) -> list[list[int]]:
+    return rollout_server.alone(server, TOKENS, SECONDS)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_requests_in_flight_while_everything_is_called_in_random_order(
-    server: Any, checkpoints: Any, reference: dict[int, list[int]], seed: int
+    server: Any, checkpoints: Any, reference: list[list[int]], seed: int
 ) -> None:
     """Each request ends, with the tokens that it has when it is alone, or aborted with the first of them."""
     print(f"\nseed {seed}")
-    source = random.Random(seed)
-    plain = {
-        "free_cache_engine": (),
-        "init_cache_engine": (),
-        "sleep": (),
-        "wake_up": (["kv_cache"],),
-        "abort_all_requests": (),
-        "resume_generation": (),
-        "release_kv_cache": (),
-        "resume_kv_cache": (),
-        "memory": (),
-    }
-    running: list[tuple[int, Any]] = []
-    calls: list[Any] = []
-    deadline = time.monotonic() + SECONDS
-
-    def start(count: int) -> None:
-        for _ in range(count):
-            number = source.randrange(len(prompts()))
-            name = f"flight-{seed}-{len(running)}"
-            running.append((number, server.start(prompts()[number], name, max_tokens=TOKENS, prompt_logprobs=None)))
-
-    start(IN_FLIGHT)
-    failures: list[BaseException] = []
-    for _ in range(25):
-        time.sleep(source.uniform(0, 0.15))
-        if source.random() < 0.12:
-            thread = threading.Thread(target=guarded, args=(failures, server.sync, checkpoints[0].tensors()))
-            thread.start()
-            if source.random() < 0.5:  # else other calls come meanwhile
-                thread.join(SECONDS)
-            calls.append(thread)
-        for name in source.sample(sorted(plain), source.choice((1, 1, 2, 3))):
-            calls.append(getattr(server.actor, name).remote(*plain[name]))
-        in_flight = len(ray.wait([r for _, r in running], num_returns=len(running), timeout=0)[1])
-        start(max(0, IN_FLIGHT - in_flight) if source.random() < 0.5 else 0)
-    for call in calls:
-        if isinstance(call, threading.Thread):
-            call.join(max(1.0, deadline - time.monotonic()))
-            assert not call.is_alive(), "a sync hangs"
-        else:
-            ray.get(call, timeout=max(1.0, deadline - time.monotonic()))
-    assert not failures
-    server.call("wake_up")
-    server.call("resume_generation")
-    ends = {"aborted": 0, "completed": 0}
-    for number, request in running:
-        output = ray.get(request, timeout=max(1.0, deadline - time.monotonic()))
-        ends[output.stop_reason] += 1
-        tokens = list(output.token_ids)
-        if output.stop_reason == "completed":
-            assert tokens == reference[number]
-        else:
-            assert tokens == reference[number][: len(tokens)]
-    print(f"{len(running)} requests: {ends}")
+    ends = rollout_server.storm(
+        server,
+        checkpoints[0].tensors,
+        reference,
+        seed=seed,
+        in_flight=IN_FLIGHT,
+        tokens=TOKENS,
+        rounds=25,
+        seconds=SECONDS,
+    )
+    print(f"requests: {ends}")
     assert ends["completed"] > 0
-
-
-def guarded(failures: list[BaseException], call: Any, *arguments: Any) -> None:
-    try:
-        call(*arguments)
-    except BaseException as error:
-        failures.append(error)

@@ -266,6 +266,8 @@ class AscendSafeHttpServer(vLLMHttpServer):
                 self._live(self._life.failed(what))
                 if not isinstance(error, Exception):
                     raise
+                with contextlib.suppress(Exception):  # an engine that is dead runs nothing either
+                    await self._run_or_pause()
                 raise EngineInDoubtError(what) from error
         self._live(self._life.passed(plan))
         await self._run_or_pause()
@@ -327,16 +329,17 @@ class AscendSafeHttpServer(vLLMHttpServer):
         return []
 
     async def _do_init(self) -> list[dict[str, Any]]:
+        # Before the memory is back: vLLM lets the scheduler go on by itself in a wake-up, and requests that waited
+        # would hold blocks by the time of a reset that comes after it.
+        if self._life.state == "dirty":
+            await self.engine.pause_generation(clear_cache=True)
+        await self._reset_prefix_cache()
         if not self._by_sleep_mode():
-            changes = await self._ask("init_cache_engine")
-        else:
-            before, started = await self.memory(), time.perf_counter()
-            await self.engine.wake_up(tags=["kv_cache"])
-            await self._settle_weights()
-            changes = await self._changed_by_engine("init", before, started, kv_asleep=False)
-        if any(change["changed"] for change in changes):
-            await self._reset_prefix_cache()
-        return changes
+            return await self._ask("init_cache_engine")
+        before, started = await self.memory(), time.perf_counter()
+        await self.engine.wake_up(tags=["kv_cache"])
+        await self._settle_weights()
+        return await self._changed_by_engine("init", before, started, kv_asleep=False)
 
     async def _changed_by_engine(
         self, action: str, before: list[dict[str, int]], started: float, kv_asleep: bool
@@ -386,10 +389,10 @@ class AscendSafeHttpServer(vLLMHttpServer):
 
     async def _reset_prefix_cache(self) -> None:
         """Forget the cached blocks: their contents are gone.  Not being able to is an error, since a later request
-        would be answered from them."""
+        would be answered from them.  The scheduler is paused."""
         if not await self.engine.reset_prefix_cache(reset_connector=True):
             raise EngineInDoubtError(
-                "the prefix cache could not be reset after the KV cache was made again: a request still holds blocks; "
+                "the prefix cache could not be reset before the KV cache is made again: a request still holds blocks; "
                 "abort all requests before the wake-up"
             )
 
@@ -412,8 +415,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
             # A scheduler that went on after a failed sync would run requests in flight on half of a model.
             if not await self.engine.is_paused():
                 await self.engine.pause_generation(mode="keep", clear_cache=False)
-            if self._life.state == "asleep":
-                # There must be something to load into.
+            if self._life.weights_may_be_away:
                 await self._perform("wake_weights")
             try:
                 await workers.ask(self.engine, SYNC_METHOD, dict(kwargs or {}), timeout)

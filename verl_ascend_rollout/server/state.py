@@ -122,6 +122,12 @@ class Lifecycle:
         return replace(self, weights_doubt="", weights_discarded=False)
 
     @property
+    def weights_may_be_away(self) -> bool:
+        """Whether the weights must be woken before a sync writes into them: writing into memory that is not mapped ends
+        the worker."""
+        return self.state in ("asleep", "dirty")
+
+    @property
     def runs(self) -> bool:
         """Whether the scheduler may run."""
         return self.state == "awake" and not (self.weights_doubt or self.weights_discarded or self.aborted)
