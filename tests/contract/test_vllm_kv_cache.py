@@ -200,3 +200,14 @@ def test_the_kv_only_release_is_what_the_probe_asks_for() -> None:
     it.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
     (obstacle,) = kv_cache.probe(it, "release_kv_cache").obstacles
     assert ("CPU worker refuses" if has else "no `discard`") in obstacle
+
+
+def test_verls_gate_is_where_ours_stands() -> None:
+    """A request waits in `_park_until_admitted`, which counts those that it lets in; of the two halves of
+    `resume_generation` ours is the engine's."""
+    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
+    assert list(inspect.signature(vLLMHttpServer._park_until_admitted).parameters) == ["self", "request_id"]
+    assert "self._admitting += 1" in inspect.getsource(vLLMHttpServer._park_until_admitted)
+    assert "_park_until_admitted" in inspect.getsource(vLLMHttpServer.generate)
+    assert "resume_engine_generation" in inspect.getsource(vLLMHttpServer.resume_generation)

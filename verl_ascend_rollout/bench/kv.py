@@ -32,6 +32,7 @@ FLOOR, ENGINE = "floor", "engine_sleep"
 
 COLUMNS = (
     Column("rung", "rung"),
+    Column("engine", "engine"),
     Column("step", "step"),
     Column("seconds", "median ms", ".1f", 1000),
     Column("slowest_seconds", "slowest ms", ".1f", 1000),
@@ -156,7 +157,11 @@ def run(arguments: argparse.Namespace) -> None:
         }
         table.write_json(arguments.json, rows, about)
     if arguments.plot:
-        bars = {f"{row['rung']} {row['step']}": row["seconds"] * 1000 for row in rows}
+        several = len(engines) > 1  # then each has a floor of its own
+        bars = {
+            f"{row['rung']} {row['step']}" + (f" ({row['engine']})" if several else ""): row["seconds"] * 1000
+            for row in rows
+        }
         table.plot(arguments.plot, title, "milliseconds", bars, None)
 
 
@@ -197,7 +202,7 @@ def _rows(engine: dict[str, Any]) -> list[dict[str, Any]]:
                     "bytes": int(median(_values(engine, rung, step, "bytes"))),
                     "system_bytes": int(median(_values(engine, rung, step, "system_bytes"))),
                     "ratio_to_floor": median(seconds) / floors[step],
-                    "sleep_mode": engine["sleep_mode"],
+                    "engine": "sleep mode" if engine["sleep_mode"] else "no sleep mode",
                 }
             )
     return rows
