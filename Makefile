@@ -15,7 +15,7 @@ NPU_DEFAULT := $(shell sed -n 's/^default = "\(.*\)"/\1/p' tests/npu_emulator/st
 STACK ?= $(NPU_DEFAULT)
 NPU_VENV := .venv-npu$(addprefix -,$(filter-out $(NPU_DEFAULT),$(STACK)))
 
-.PHONY: help setup demo test unit lint lock npu npu-setup clean
+.PHONY: help setup demo test unit lint lock npu npu-setup policy-table clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -67,6 +67,9 @@ npu-setup: ## torch-npu and vllm-ascend on a stand-in CANN, in .venv-npu (STACK=
 npu: npu-setup ## tests/npu, on that
 	PYTHONDONTWRITEBYTECODE= TVM_FFI_DISABLE_TORCH_C_DLPACK=1 FAKE_NPU_STACK=$(STACK) \
 		$(NPU_VENV)/bin/python -m pytest tests/npu $(PYTEST_ARGS)
+
+policy-table: setup ## tests/unit/policy_table.txt again: every decision for each platform and version
+	$(BIN)/python tests/unit/policy_table.py
 
 clean: ## remove what was made here
 	rm -rf $(VENV) .venv-npu* outputs dist .pytest_cache .mypy_cache .ruff_cache

@@ -18,6 +18,8 @@ KEY = "actor_rollout_ref.rollout.engine_kwargs.ascend_safe"
 KVRung = Literal["auto", "release_kv_cache", "sleep", "direct", "keep"]
 OnUnsafe = Literal["keep", "error"]
 Verify = Literal["first", "always", "off"]
+Parity = Literal["warn", "error", "off"]
+WeightPath = Literal["auto", "by_layout", "verl"]
 
 
 class OptionError(ValueError):
@@ -32,9 +34,13 @@ class AscendSafeOptions:
         on_unsafe: what to do where no safe way exists to give the KV cache back: `keep` the memory and warn, or stop
             with an `error`.
         kv_rung: the rung of the KV-cache ladder to use; `auto` takes the first that works here.
-        verify: which weight syncs have their values checked for NaN and Inf, and their checksums compared where weights
-            go through shared memory: all (`always`), the `first`, or none (`off`).  That every parameter came, once,
-            is checked at every sync unless `off`.
+        weight_path: how the engine loads weights: `by_layout`, each weight by the layout that was recorded for it, or
+            by `verl`'s own sequence; `auto` takes the first where it has been run.
+        verify: which weight syncs have their values searched for NaN and Inf, read back out of the engine and compared
+            with what came, and their checksums compared where weights go through shared memory: all (`always`), the
+            `first`, or none (`off`).  That every parameter came, once, is checked at every sync unless `off`.
+        parity: what to do where the trainer's and the rollout's probabilities of the same tokens say that they are not
+            one policy: `warn` at each such step, stop with an `error`, or nothing (`off`).
         sync_timeout: seconds for which a weight sync through shared memory waits for the other side before it fails:
             for a worker to come, for one bucket to be filled or loaded, for the worker to finish.
         events: a file to which every lifecycle step is appended as one JSON line; `None` writes none.
@@ -42,7 +48,9 @@ class AscendSafeOptions:
 
     on_unsafe: OnUnsafe = "keep"
     kv_rung: KVRung = "auto"
+    weight_path: WeightPath = "auto"
     verify: Verify = "first"
+    parity: Parity = "warn"
     sync_timeout: float = 600.0
     events: str | None = None
 

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from verl_ascend_rollout.worker import answers, kv_aliases, kv_cache
+from verl_ascend_rollout import answers
+from verl_ascend_rollout.worker import kv_aliases, kv_cache
 
 BLOCKS, HEADS, HEAD_SIZE, BLOCK_SIZE, LAYERS = 8, 2, 32, 32, 2
 

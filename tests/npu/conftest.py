@@ -26,7 +26,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
 def engine(checkpoints: list[Checkpoint]) -> Iterator[Engine]:
     """The engine as the rollout configures it: sleep mode on, eager, weights loaded in place."""
     found = Engine(make_llm(checkpoints[0].path, worker_extension_cls=EXTENSION))
-    found.call("ascend_safe_configure", kv_rung="auto", weight_path="in_place", verify="always")
+    found.call("ascend_safe_configure", kv_rung="auto", weight_path="by_layout", verify="always")
     yield found
 
 

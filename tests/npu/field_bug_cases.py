@@ -54,7 +54,7 @@ def nz(folder: Path) -> dict[str, Any]:
     os.environ["VLLM_ASCEND_ENABLE_NZ"] = "2"
     checkpoint = make_checkpoint(folder / "model", 0)
     engine = ours(checkpoint, additional_config={"weight_nz_mode": 2})
-    found: dict[str, Any] = {"policy": refusal({"VLLM_ASCEND_ENABLE_NZ": "2"})}
+    found: dict[str, Any] = {"policy": refusal({"VLLM_ASCEND_ENABLE_NZ": "2"}, {"weight_nz_mode": 2})}
     formats = {torch_npu.get_npu_format(parameter.data) for parameter in engine.model.parameters()}
     found["weights_in_nz"] = FRACTAL_NZ in formats
     found["sync"] = message_of(lambda: engine.call("ascend_safe_reload_from_disk", str(checkpoint.path)))
@@ -75,13 +75,14 @@ def expandable_segments(folder: Path) -> dict[str, Any]:
 
 def ours(checkpoint: Checkpoint, **changes: Any) -> Engine:
     engine = Engine(make_llm(checkpoint.path, worker_extension_cls=EXTENSION, **changes))
-    engine.call("ascend_safe_configure", kv_rung="auto", weight_path="in_place", verify="always")
+    engine.call("ascend_safe_configure", kv_rung="auto", weight_path="by_layout", verify="always")
     return engine
 
 
-def refusal(environ: dict[str, str]) -> str:
-    """What the policy says to such an environment."""
-    return message_of(lambda: policy.decide(npu.describe(), policy.Wishes(environ=environ)))
+def refusal(environ: dict[str, str], additional_config: dict[str, Any] | None = None) -> str:
+    """What the policy says to such an environment, and to such settings of vllm-ascend."""
+    wish = policy.Wishes(environ=environ, engine_kwargs={"additional_config": additional_config or {}})
+    return message_of(lambda: policy.decide(npu.describe(), wish))
 
 
 def message_of(action: Any) -> str:

@@ -52,12 +52,12 @@ def test_the_cpu_recipe_trains_unchanged(tmp_path: Path, report: Any) -> None:
     decided = next(event["detail"] for event in events if event["step"] == "decide")
     values = {decision["name"]: decision["value"] for decision in decided["decisions"]}
     assert decided["rung"] == values["kv_rung"] == "sleep"
-    assert (values["sleep_level"], values["weight_path"]) == (1, "in_place")
+    assert (values["sleep_level"], values["weight_path"]) == (1, "by_layout")
     assert decided["workers"][0]["worker"] == "NPUWorker"
     syncs = [event for event in events if event["step"] == "sync" and event["process"] == "worker"]
     # One before the first step, and one after each but the last or after each, as verl's trainer has it.
     assert len(syncs) >= STEPS
-    assert {event["detail"]["path"] for event in syncs} == {"in_place"}
+    assert [event["detail"]["path"] for event in syncs] == ["loader"] + ["replay"] * (len(syncs) - 1)
     report(
         f"GRPO, {STEPS} steps",
         f"reward {summary['reward_first']:.3f} -> {summary['reward_last']:.3f}, Pearson at least "

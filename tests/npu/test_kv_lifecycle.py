@@ -53,7 +53,7 @@ def test_cycles_change_no_answer_and_leave_no_device_memory_behind(engine: Engin
 def test_the_kv_only_release_is_not_there_and_the_probe_says_so(engine: Engine) -> None:
     """vllm-ascend up to 0.30 has no `discard` (vllm#44890): the ladder goes on to sleep."""
     assert not hasattr(engine.worker, "discard")
-    configured = engine.call("ascend_safe_configure", kv_rung="auto", weight_path="in_place", verify="always")
+    configured = engine.call("ascend_safe_configure", kv_rung="auto", weight_path="by_layout", verify="always")
     assert configured["rung"] == "sleep"
     assert any("NPUWorker has no `discard`" in obstacle for obstacle in configured["obstacles"])
 

@@ -81,7 +81,7 @@ def start(checkpoint: Checkpoint, expert_parallel: bool) -> Engine:
         )
     )
     engine.llm.collective_rpc(
-        "ascend_safe_configure", kwargs={"kv_rung": "auto", "weight_path": "in_place", "verify": "always"}
+        "ascend_safe_configure", kwargs={"kv_rung": "auto", "weight_path": "by_layout", "verify": "always"}
     )
     return engine
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -107,7 +108,11 @@ def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str], argv: list[str]
         (["explain", "--platform", "cpu", "--kv-rung", "keep", "--on-unsafe", "error"], {}, "contradict each other"),
         (["explain", "--platform", "npu", "--soc", "310P", "--expert-parallel-size", "2"], {}, "expert parallelism"),
         (["explain"], {"VERL_PLATFORM": "tpu"}, "VERL_PLATFORM=tpu names no platform"),
-        (["explain"], {"VERL_PLATFORM": "npu", "VLLM_ASCEND_ENABLE_NZ": "1"}, "VLLM_ASCEND_ENABLE_NZ=1 cannot work"),
+        (
+            ["explain"],
+            {"VERL_PLATFORM": "npu", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"},
+            "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True cannot work",
+        ),
     ],
 )
 def test_what_cannot_work_exits_1_with_one_sentence(
@@ -132,6 +137,118 @@ def test_the_environment_of_this_prompt_says_nothing_about_a_planned_machine(
 ) -> None:
     monkeypatch.setenv("VLLM_ASCEND_ENABLE_NZ", "1")
     assert explained(capsys, "--platform", "npu")["environment.VLLM_ASCEND_ENABLE_NZ"] == "0"
+
+
+COMPOSED = """
+actor_rollout_ref:
+  model:
+    path: {model}
+    lora_rank: 0
+  rollout:
+    name: ascend_safe
+    enforce_eager: false
+    tensor_model_parallel_size: 2
+    max_num_seqs: ${{data.batch}}
+    load_format: ???
+    mtp: null
+    engine_kwargs:
+      vllm: {{additional_config: {{weight_nz_mode: 0}}}}
+      ascend_safe: {{kv_rung: null, on_unsafe: error}}
+data: {{batch: 100}}
+"""
+
+
+@pytest.fixture
+def composed(tmp_path: Path) -> Path:
+    """A job's composed configuration, and its model beside it."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(
+        json.dumps({"model_type": "qwen2_moe", "num_hidden_layers": 24, "num_experts": 60, "head_dim": 128})
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(COMPOSED.format(model=model))
+    return file
+
+
+def test_explain_reads_a_composed_configuration(capsys: pytest.CaptureFixture[str], composed: Path) -> None:
+    decided = explained(
+        capsys, "--platform", "npu", "--soc", "A2", "--vllm-ascend", "0.18.0", "--config", str(composed)
+    )
+    assert decided["enforce_eager"] is False
+    assert decided["cudagraph_capture_sizes"] == [1, 2, 4, 8, 16, 32, 64, 100]
+    assert decided["environment.VLLM_ASCEND_ENABLE_FUSED_MC2"] == "0"
+    # An option of the command goes before the file.
+    decided = explained(capsys, "--platform", "npu", "--config", str(composed), "--enforce-eager", "true")
+    assert decided["enforce_eager"] is True
+
+
+def test_explain_knows_the_model_of_the_configuration(capsys: pytest.CaptureFixture[str], composed: Path) -> None:
+    kwargs = composed.read_text().replace(
+        "weight_nz_mode: 0", "weight_nz_mode: 0}, compilation_config: {cudagraph_mode: PIECEWISE"
+    )
+    composed.write_text(kwargs)
+    machine = ("--platform", "npu", "--soc", "A2", "--vllm-ascend", "0.18.0")
+    assert main(["explain", *machine, "--config", str(composed)]) == 0
+    assert "24 layers that" in " ".join(capsys.readouterr().out.split())
+    (composed.parent / "model" / "config.json").unlink()
+    assert main(["explain", *machine, "--config", str(composed)]) == 0
+    assert "is not on this machine: what depends on it is not known (--model DIR)" in capsys.readouterr().out
+
+
+def test_explain_reads_the_rollouts_settings_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rollout.yaml"
+    file.write_text("enforce_eager: true\ncudagraph_capture_sizes: [1, 2]\n")
+    decided = explained(capsys, "--platform", "cuda", "--config", str(file))
+    assert decided["enforce_eager"] is True
+    assert decided["sleep_level"] == 2
+    file.write_text("actor_rollout_ref: {rollout: {name: vllm}, model: {lora: {rank: 8}}}\n")
+    assert main(["explain", "--platform", "cuda", "--config", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "actor_rollout_ref.rollout.name is vllm" in out
+    assert "the base model (LoRA)" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        ("", "has neither actor_rollout_ref.rollout nor a setting of a rollout"),
+        ("a: [1", "is no YAML file"),
+        ("\x00\x01", "is no YAML file"),
+        ("[1, 2]", "has no settings in it"),
+        ("trainer: {logger: console}", "has neither actor_rollout_ref.rollout nor a setting of a rollout"),
+        ("actor_rollout_ref: {rollout: {max_num_seqs: '${nothing}', name: x}}", "cannot be resolved"),
+        ("max_num_seqs: many", "wrong kind"),
+        ("cudagraph_capture_sizes: 7", "wrong kind"),
+        ("engine_kwargs: [1]", "wrong kind"),
+        ("engine_kwargs: {ascend_safe: {kv_rang: direct}}", "did you mean 'kv_rung'?"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None, says: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    if content is not None:
+        file.write_text(content)
+    assert main(["explain", "--platform", "cpu", "--config", str(file)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"ascend-safe: --config {file}")
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{", "\xff"])
+def test_a_model_that_cannot_be_read_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None
+) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    assert main(["explain", "--platform", "cpu", "--model", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "cannot be read as a model's configuration" in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_works_where_torch_verl_and_vllm_cannot_be_imported() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from verl_ascend_rollout import events
-from verl_ascend_rollout.events import EVENTS_VARIABLE, Event
+from verl_ascend_rollout.events import EVENTS_VARIABLE, Event, EventsError
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +75,63 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[:-20])
     assert [event["step"] for event in events.read(file)] == ["free"]
+
+
+def test_each_line_has_the_version_of_its_layout(tmp_path: Path) -> None:
+    events.emit(Event(step="free", process="worker", seconds=0), tmp_path / "events")
+    assert json.loads((tmp_path / "events").read_text())["schema"] == events.SCHEMA == "1.0"
+
+
+@pytest.mark.parametrize("written", ["1.0", "1.7", None])
+def test_a_layout_of_the_same_major_version_is_read(tmp_path: Path, written: str | None) -> None:
+    file = tmp_path / "events"
+    line = {"step": "free", "process": "worker", "seconds": 0, "time": 1.0, "new_field": 1}
+    file.write_text(json.dumps(line if written is None else {**line, "schema": written}) + "\n")
+    assert [event["step"] for event in events.read(file)] == ["free"]
+
+
+def test_a_layout_of_another_major_version_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "events"
+    events.emit(Event(step="free", process="worker", seconds=0), file)
+    events.emit(Event(step="free", process="worker", seconds=0, schema="2.0"), file)
+    with pytest.raises(
+        EventsError, match=r"line 2 has the layout 2\.0 of events, and this release reads 1\.0"
+    ) as error:
+        events.load(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        "7",
+        "null",
+        '{"step": "free"}',
+        '{"step": 1, "process": "worker", "seconds": 0, "time": 1}',
+        '{"step": "free", "process": "worker", "seconds": "0", "time": 1}',
+        '{"step": "free", "process": "worker", "seconds": true, "time": 1}',
+        '{"step": "free", "process": "worker", "seconds": NaN, "time": 1}',
+        '{"step": "free", "process": "worker", "seconds": 0, "time": 1, "bytes_before": "many"}',
+        '{"step": "free", "process": "worker", "seconds": 0, "time": 1, "detail": []}',
+    ],
+)
+def test_a_line_that_is_no_event_is_counted(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "events"
+    events.emit(Event(step="free", process="worker", seconds=0), file)
+    with file.open("a") as opened:
+        opened.write(line + "\n\n")
+    events.emit(Event(step="init", process="worker", seconds=0), file)
+    log = events.load(file)
+    assert [event["step"] for event in log.events] == ["free", "init"]
+    assert log.torn == 1
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(EventsError, match="cannot be read") as error:
+        events.load(tmp_path / "missing")
+    assert "\n" not in str(error.value)
 
 
 WRITER = """

@@ -18,7 +18,9 @@ def test_nothing_given_is_the_defaults() -> None:
     assert defaults.as_dict() == {
         "on_unsafe": "keep",
         "kv_rung": "auto",
+        "weight_path": "auto",
         "verify": "first",
+        "parity": "warn",
         "sync_timeout": 600.0,
         "events": None,
     }
@@ -36,6 +38,8 @@ def test_null_is_the_default_and_leaves_the_others() -> None:
     [
         *(("on_unsafe", value) for value in ("keep", "error")),
         *(("kv_rung", value) for value in ("auto", "release_kv_cache", "sleep", "direct", "keep")),
+        *(("parity", value) for value in ("warn", "error", "off")),
+        *(("weight_path", value) for value in ("auto", "by_layout", "verl")),
         *(("verify", value) for value in ("first", "always", "off")),
     ],
 )
@@ -90,7 +94,7 @@ def test_an_unknown_key_names_the_options_and_the_one_that_was_meant(key: str, m
         AscendSafeOptions.from_mapping({key: "x"})
     assert str(error.value) == (
         f"{KEY}: unknown option {key!r} (did you mean {meant!r}?): the options are events, kv_rung, on_unsafe, "
-        "sync_timeout, verify"
+        "parity, sync_timeout, verify, weight_path"
     )
 
 

@@ -19,12 +19,20 @@ LIGHT = (
     "checks",
     "cli.py",
     "compat.py",
+    "decisions.py",
     "events.py",
+    "job_config.py",
     "options.py",
     "platforms",
     "plugin.py",
     "policy.py",
+    "policy_graphs.py",
+    "policy_npu.py",
+    "redaction.py",
+    "report.py",
+    "timeline.py",
     "trainer/cpu_platform.py",
+    "wishes.py",
 )
 """What runs on a broken installation, or in every process that imports verl."""
 

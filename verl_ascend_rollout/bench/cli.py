@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
         help="what a weight sync or a KV cache's free and init cost here, beside the alternatives",
         description="Measure on a real engine, each path beside the others and beside the floor, in one run.",
     )
+    bench.set_defaults(run=run)
     what = bench.add_subparsers(dest="bench", metavar="WHAT", required=True)
     _add_weights(what)
     kv.add_parser(what)

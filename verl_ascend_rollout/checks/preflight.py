@@ -240,20 +240,7 @@ def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
 def _policy(config: Any, facts: PlatformFacts, environ: Mapping[str, str]) -> Iterator[str]:
     rollout = config.actor_rollout_ref.rollout
     try:
-        options = AscendSafeOptions.from_rollout(rollout)
-        policy.decide(
-            facts,
-            policy.Wishes(
-                enforce_eager=rollout.get("enforce_eager"),
-                enable_sleep_mode=bool(rollout.get("enable_sleep_mode", True)),
-                free_cache_engine=bool(rollout.get("free_cache_engine", True)),
-                kv_rung=options.kv_rung,
-                on_unsafe=options.on_unsafe,
-                expert_parallel_size=int(rollout.get("expert_parallel_size") or 1),
-                engine_kwargs=dict((rollout.get("engine_kwargs") or {}).get("vllm") or {}),
-                environ=environ,
-            ),
-        )
+        policy.decide(facts, policy.Wishes.from_rollout(rollout, environ=environ))
     except OptionError:
         return  # said by _options
     except policy.PolicyError as error:

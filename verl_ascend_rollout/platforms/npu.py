@@ -122,7 +122,7 @@ def _soc(has_devices: bool, build: Mapping[str, str], smi: bool, evidence: list[
     build tells the chip; but only where there is one: a build without an NPU at hand says A2 whatever comes later.
     """
     if smi:
-        chip = _chip_by_smi()
+        chip = chip_by_smi()
         found = soc_of(chip) if chip else None
         evidence.append(f"npu-smi names the chip {chip}" if chip else "npu-smi did not name the chip")
         if found is not None:
@@ -139,7 +139,7 @@ def _soc(has_devices: bool, build: Mapping[str, str], smi: bool, evidence: list[
     return built_for
 
 
-def _chip_by_smi() -> str | None:
+def chip_by_smi() -> str | None:
     """The first chip's name, put together from npu-smi's fields as SOC_VERSION is.
 
     A2 has chip type "Ascend" and name "910B3", 310P type "Ascend" and name "310P3"; A3 has no chip type but an NPU

@@ -8,8 +8,11 @@ ten seconds of work, to call one method.  So the actor is this class, and the se
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
+
+from verl_ascend_rollout.server.step_metrics import StepMetrics, step_of
 
 METHODS = (
     # What verl 0.9.1 calls on a rollout server, and what it defines without calling it.
@@ -54,12 +57,26 @@ class AscendSafeServerActor:
         from verl_ascend_rollout.server.http_server import AscendSafeHttpServer
 
         self._server = AscendSafeHttpServer(*args, **kwargs)
+        self._metrics = StepMetrics(self._server.replica_rank, prometheus=bool(self._server.config.prometheus.enable))
+
+    async def step_metrics(self) -> dict[str, Any]:
+        """For the trackers: `seconds` by step since the last call, and the `memory` of each worker."""
+        # The servers of a replica's further nodes have no engine to ask (verl 0.9.1, run_headless).
+        memory = await self._server.memory() if self._server.node_rank == 0 else []
+        return {"seconds": self._metrics.take(), "memory": memory}
 
 
 def _forward(name: str) -> Callable[..., Coroutine[Any, Any, Any]]:
     async def method(self: AscendSafeServerActor, *args: Any, **kwargs: Any) -> Any:
-        result = getattr(self._server, name)(*args, **kwargs)
-        return await result if inspect.isawaitable(result) else result
+        step = step_of(name, args, kwargs)
+        started = time.perf_counter()
+        try:
+            result = getattr(self._server, name)(*args, **kwargs)
+            return await result if inspect.isawaitable(result) else result
+        finally:
+            # One that fails has taken its time too.
+            if step is not None:
+                self._metrics.add(step, time.perf_counter() - started)
 
     method.__name__ = name
     method.__qualname__ = f"{AscendSafeServerActor.__name__}.{name}"

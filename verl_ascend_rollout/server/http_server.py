@@ -74,17 +74,11 @@ class AscendSafeHttpServer(vLLMHttpServer):
         self._facts = detect()
         self._decisions = policy.decide(
             self._facts,
-            policy.Wishes(
-                enforce_eager=config.enforce_eager,
-                enable_sleep_mode=bool(config.enable_sleep_mode),
-                free_cache_engine=bool(config.free_cache_engine),
-                kv_rung=self._options.kv_rung,
-                on_unsafe=self._options.on_unsafe,
-                expert_parallel_size=int(config.expert_parallel_size or 1),
+            policy.Wishes.from_rollout(
+                config,
                 lora=self.lora_as_adapter,
-                mtp=bool(config.mtp is not None and config.mtp.enable and config.mtp.enable_rollout),
-                engine_kwargs=dict((config.engine_kwargs or {}).get(self._get_engine_kwargs_key()) or {}),
-                environ=dict(os.environ),
+                model=policy.ModelFacts.from_config(self.model_config.hf_config),
+                environ=os.environ,
             ),
         )
         # The engine process is started with this environment, so vLLM reads it when it is imported there.
@@ -99,11 +93,11 @@ class AscendSafeHttpServer(vLLMHttpServer):
         # What verl merges last would undo the decisions, which have already taken it into account.
         engine_kwargs.pop("enforce_eager", None)
         engine_kwargs.pop("enable_sleep_mode", None)
-        mode = self._decisions["cudagraph_mode"].value
-        if mode is not None:
-            compilation = engine_kwargs.get("compilation_config") or {}
-            compilation = dict(json.loads(compilation) if isinstance(compilation, str) else compilation)
-            engine_kwargs["compilation_config"] = {**compilation, "cudagraph_mode": mode}
+        decided = {name: self._decisions[name].value for name in ("cudagraph_mode", "cudagraph_capture_sizes")}
+        compilation = engine_kwargs.get("compilation_config") or {}
+        compilation = dict(json.loads(compilation) if isinstance(compilation, str) else compilation)
+        wanted = {name: value for name, value in decided.items() if value is not None}
+        engine_kwargs["compilation_config"] = {**compilation, **wanted}
         extra = self._decisions.additional_config
         if extra:
             wished = engine_kwargs.get("additional_config") or {}
@@ -384,7 +378,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
     async def _settle_weights(self) -> None:
         """vllm-ascend 0.13 to 0.26 leaves the experts in checkpoint form after a wake-up, ready for a load that a
         reward model, or an adapter-only sync, never does."""
-        if self._decisions["weight_path"].value == "in_place":
+        if self._decisions["weight_path"].value == "by_layout":
             await self._ask("ascend_safe_settle")
 
     async def _reset_prefix_cache(self) -> None:
@@ -508,7 +502,12 @@ class AscendSafeHttpServer(vLLMHttpServer):
 
     def _emit(self, step: str, seconds: float, detail: dict[str, Any]) -> None:
         events.emit(
-            events.Event(step=step, process="server", seconds=seconds, detail={"replica": self.replica_rank, **detail})
+            events.Event(
+                step=step,
+                process="server",
+                seconds=seconds,
+                detail={"replica": self.replica_rank, "rung": self._rung, **detail},
+            )
         )
 
 

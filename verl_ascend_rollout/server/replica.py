@@ -10,6 +10,7 @@ from verl.workers.rollout.vllm_rollout.vllm_pd_replica import vLLMPDReplica
 
 from verl_ascend_rollout import ROLLOUT_NAME, compat
 from verl_ascend_rollout.options import AscendSafeOptions
+from verl_ascend_rollout.server import parity, tracking
 from verl_ascend_rollout.server.actor import AscendSafeServerActor
 
 
@@ -24,9 +25,13 @@ class AscendSafeReplica(vLLMReplica):
             CompatError: verl has drifted away from something that we rely on.
         """
         compat.assert_intact()
-        AscendSafeOptions.from_rollout(config)
+        options = AscendSafeOptions.from_rollout(config)
         super().__init__(replica_rank, config, *args, **kwargs)
         self.server_class = ray.remote(AscendSafeServerActor)
+        # A reward model's or a teacher's engine is not the rollout that the trackers speak of.
+        if not (self.is_reward_model or self.is_teacher_model):
+            tracking.follow(self)
+            parity.watch(options.parity)
 
     def _get_server_name_prefix(self) -> str:
         # verl's replica says "vllm_" whatever the rollout's name is, and verl's adapter looks for "<name>_" (0.8.0 to

@@ -1,11 +1,11 @@
-"""Asking vLLM's workers: every worker of every shard, and an error as an answer (see `worker.answers`)."""
+"""Asking vLLM's workers: every worker of every shard, and an error as an answer (see `answers`)."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from verl_ascend_rollout.worker import answers
+from verl_ascend_rollout import answers
 
 
 async def ask(engine: Any, method: str, keywords: dict[str, Any], timeout: float | None = None) -> list[Any]:

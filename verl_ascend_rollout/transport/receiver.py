@@ -54,8 +54,8 @@ def receive_weights(
         rank: this worker's rank in its engine, for messages.
         device: where the tensors are handed over.
         copy: hand over tensors that own their memory.  Without it a tensor on the CPU may be a view of the bucket:
-            valid until `load` returns, and read-only (writing to it ends the process).  On any other device every
-            tensor is a copy.
+            valid until `load` returns, and read-only (writing to it ends the process).  On any other device the
+            tensors of a bucket are parts of one copy of it.
         timeout: seconds that the sender may take to fill the next bucket.
 
     Returns:
@@ -135,10 +135,14 @@ class _Stream:
             raise self.connection.malformed(f"bucket {bucket.number} came where bucket {self.number} was due")
         self._check_pieces(bucket.pieces)
         start = self.number % self.hello.buckets * self.hello.bucket_bytes
-        memory = self.memory[start : start + self.hello.bucket_bytes]
+        used = max((piece.offset + piece.size for piece in bucket.pieces), default=0)
+        memory = self.memory[start : start + used]
+        # One transfer for the whole bucket: a small one for each expert would cost more than its bytes.
+        arrived = memory.to(self.device)
         found: list[NamedTensor] = []
         for piece in bucket.pieces:
-            tensor = self._take_piece(piece, memory[piece.offset : piece.offset + piece.size])
+            place = slice(piece.offset, piece.offset + piece.size)
+            tensor = self._take_piece(piece, memory[place], arrived[place])
             if tensor is not None:
                 found.append((piece.name, tensor))
         self.number += 1
@@ -196,23 +200,27 @@ class _Stream:
             part, filled = (None, 0) if _is_last(piece) else (piece, piece.start + piece.size)
             names.add(name)
 
-    def _take_piece(self, piece: Piece, data: torch.Tensor) -> torch.Tensor | None:
-        """The tensor, when this piece makes it whole."""
+    def _take_piece(self, piece: Piece, sent: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor | None:
+        """The tensor, when this piece makes it whole.
+
+        Args:
+            piece: which part of which tensor.
+            sent: its bytes in the bucket.
+            arrived: the same on the device that wants them; on a CPU, the bucket.
+        """
         if self.hello.checksums:
-            self.checksum.add(data)
+            self.checksum.add(sent)
             if piece.checksum is not None and self.checksum.end_tensor() != piece.checksum:
                 raise ProtocolError(
                     f"{piece.name} did not arrive as {self.connection.peer} sent it: its checksum differs"
                 )
         if piece.start == 0 and _is_last(piece):
-            whole = data.to(self.device)
-            if self.copy and whole.device.type == "cpu":
-                whole = whole.clone()
+            whole = arrived.clone() if self.copy and self.device.type == "cpu" else arrived
         else:
             if self.part is None:
                 self.part = _Part(piece, self._allocate(piece), 0)
             part = self.part
-            part.buffer[piece.start : piece.start + piece.size].copy_(data)
+            part.buffer[piece.start : piece.start + piece.size].copy_(arrived)
             part.filled += piece.size
             if not _is_last(piece):
                 return None

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from verl_ascend_rollout import events
-from verl_ascend_rollout.worker import answers, kv_cache
+from verl_ascend_rollout import answers, events
+from verl_ascend_rollout.worker import kv_cache
 from verl_ascend_rollout.worker.weights import bracket, moe
 from verl_ascend_rollout.worker.weights.plan import Plan
 from verl_ascend_rollout.worker.weights.verify import Manifest
@@ -36,8 +36,7 @@ class AscendSafeLifecycle:
 
         Args:
             kv_rung: the rung that the policy chose, or `auto`.
-            weight_path: `layerwise_reload` (repacked kernels: every layer rebuilt), `in_place` (transposed kernels:
-                loaded through views), or `verl` (verl's own sequence).
+            weight_path: `by_layout` (each weight by the layout recorded for it), or `verl` (verl's own sequence).
             verify: `first`, `always` or `off`.
 
         Returns:

@@ -28,6 +28,9 @@ from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 NamedTensor = tuple[str, torch.Tensor]
 Loader = Callable[[Iterable[NamedTensor]], None]
 
+BATCH_BYTES = 16 * 2**20
+"""How much is loaded at once, as much as one bucket of our transport."""
+
 
 @contextmanager
 def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest, plan: Plan | None = None) -> Iterator[Loader]:
@@ -52,8 +55,13 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest, plan: 
     moe.present_for_loading(model)
     staging = Staging(model, direct=plan.packs_directly if plan.replayable else lambda name: False)
     sync: LoaderPass | ReplayPass = (ReplayPass if plan.replayable else LoaderPass)(model, manifest, plan, staging)
+
+    def load(weights: Iterable[NamedTensor]) -> None:
+        for batch in _batches(weights):
+            sync.load(batch)
+
     try:
-        yield sync.load
+        yield load
         manifest.check(missing=sync.missing(), duplicates=sync.written_twice())
         staging.process_rest()
         sync.keep_plan()
@@ -67,6 +75,20 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest, plan: 
         staging.give_up()
         moe.settle(model)
     _derive_again(model, model_config, staging)
+
+
+def _batches(weights: Iterable[NamedTensor]) -> Iterator[list[NamedTensor]]:
+    """The pairs in lists of about `BATCH_BYTES`: a layer is rebuilt, and its memory let go, at the end of each."""
+    batch: list[NamedTensor] = []
+    size = 0
+    for name, tensor in weights:
+        batch.append((name, tensor))
+        size += tensor.nbytes
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def unwrapped(runner: Any) -> Any:

@@ -38,7 +38,8 @@ class LoaderPass:
         self._written = _Written()
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
-        self._found = Plan()
+        self._recorder = Recorder(self._parameters, staging.storages(), staging.closed, staging.came)
+        self._not_plain: dict[str, str] = {}
         self._wrapped = ExitStack()
         self._wrapped.enter_context(_counted_loaders(model, self._written))
 
@@ -46,8 +47,7 @@ class LoaderPass:
         """Load pairs in checkpoint form; each tensor is copied before this returns."""
         pairs = [(name, tensor.contiguous()) for name, tensor in weights if self._manifest.receive(name, tensor)]
         pairs = self._without_buffers(pairs)
-        staging = self._staging
-        recorder = Recorder(self._parameters, staging.storages(), staging.closed(), staging.came)
+        recorder = self._recorder
         load_weights: Any = self._model.load_weights
         waiting = iter(pairs)
         while True:
@@ -61,11 +61,8 @@ class LoaderPass:
                 if name is None:
                     raise
                 self._manifest.refuse(name, first_line(error))
-        self._found.routes.update(recorder.routes)
-        self._found.not_plain.update(recorder.not_plain)
-        self._written.twice.extend(recorder.late)
         if self._manifest.compare:
-            self._compare(pairs, recorder)
+            self._compare(pairs)
         self._staging.process_whole_layers()
 
     def missing(self) -> list[str]:
@@ -75,11 +72,12 @@ class LoaderPass:
 
     def written_twice(self) -> list[str]:
         """Parts of parameters that more than one tensor was written into."""
-        return self._written.twice
+        return [*self._written.twice, *self._recorder.late]
 
     def keep_plan(self) -> None:
         """The sync was whole: later ones may repeat it."""
-        self._plan.take(self._found, self._model)
+        not_plain = {**self._recorder.not_plain, **self._not_plain}
+        self._plan.take(Plan(self._recorder.routes, not_plain=not_plain), self._model)
 
     def close(self) -> None:
         """Let go of the model's loaders.  A second call does nothing."""
@@ -96,13 +94,13 @@ class LoaderPass:
                 self._manifest.refuse(name, f"has shape {tuple(tensor.shape)} instead of {tuple(buffer.shape)}")
             else:
                 buffer.copy_(tensor)
-                self._found.not_plain[name] = "it is a buffer"
+                self._not_plain[name] = "it is a buffer"
         return rest
 
-    def _compare(self, pairs: list[NamedTensor], recorder: Recorder) -> None:
+    def _compare(self, pairs: list[NamedTensor]) -> None:
         """Read what was written back through the view that it was written through."""
         for name, tensor in pairs:
-            route = recorder.routes.get(name)
+            route = self._recorder.routes.get(name)
             for copy in route.copies if route is not None else ():
                 source = tensor if copy.source is None else copy.source.in_tensor(tensor)
                 if differs(copy.destination.in_tensor(self._parameters[copy.target].data), source):
@@ -162,11 +160,12 @@ def _counted_loaders(model: torch.nn.Module, written: _Written) -> Iterator[None
 
 
 def _counting(loader: Any, parameter: torch.nn.Parameter, name: str, written: _Written) -> Any:
-    signature = inspect.signature(loader)
-    can_say = "return_success" in signature.parameters
+    # Not `Signature.bind`, which takes longer than loading a small expert.
+    order = list(inspect.signature(loader).parameters)
+    can_say = "return_success" in order
 
     def counted(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        given = {**dict(zip(order, args, strict=False)), **kwargs}
         wants_answer = bool(given.get("return_success", False))
         if can_say:
             # Under expert parallelism a rank is given every expert and keeps its own.

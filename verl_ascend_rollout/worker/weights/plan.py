@@ -144,6 +144,9 @@ def _prepacked(model: torch.nn.Module) -> Iterator[tuple[str, WeightRecord]]:
                 yield f"{prefix}.{name}", weight
 
 
+_MUTABLE: dict[Any, bool] = {}
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches a loader's writes into parameters.
 
@@ -216,8 +219,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._current = None
         self._copies, self._other = [], None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch wraps every call of a mode otherwise, for the sake of torch.compile (torch 2.13, _python_dispatch.py);
+        # a loader is not compiled, and there are tens of thousands of calls.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if not func._schema.is_mutable or not args or not isinstance(args[0], torch.Tensor):
+        mutable = _MUTABLE.get(func)
+        if mutable is None:
+            mutable = _MUTABLE[func] = bool(func._schema.is_mutable)
+        if not mutable or not args or not isinstance(args[0], torch.Tensor):
             return func(*args, **(kwargs or {}))
         storage = storage_of(args[0])
         if storage in self._closed:
@@ -227,6 +239,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **(kwargs or {}))
         self._note(func, args, storage)
         if not self._write:
+            if func is torch.ops.aten.copy_.default and args[1].shape != args[0].shape:
+                raise RuntimeError(f"its place in {self._names[storage]} has shape {tuple(args[0].shape)}")
             return args[0]
         result = func(*args, **(kwargs or {}))
         self._on_write(storage, args[0].numel())

@@ -76,14 +76,13 @@ def pack(source: torch.Tensor, destination: torch.Tensor, isa: str) -> None:
     """Pack rows in checkpoint form into their place in a packed weight.
 
     Args:
-        source: shape (rows, columns), the weight's dtype.
+        source: shape (rows, columns), or (experts, rows, columns); the weight's dtype.
         destination: the same shape, a contiguous part of the packed weight.
         isa: see `instruction_set`.
     """
-    rows, columns = source.shape[-2:]
-    torch.ops._C.prepack_moe_weight(
-        source.contiguous().view(-1, rows, columns), destination.view(-1, rows, columns), isa
-    )
+    if source.dim() == 2:
+        source, destination = source.unsqueeze(0), destination.unsqueeze(0)
+    torch.ops._C.prepack_moe_weight(source.contiguous(), destination, isa)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

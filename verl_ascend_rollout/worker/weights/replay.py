@@ -100,7 +100,8 @@ class ReplayPass:
             for name, route in self._plan.routes.items()
             if name not in self._manifest.names and any(copy.target in short for copy in route.copies)
         ]
-        explained = {copy.target for name in names for copy in self._plan.routes[name].copies}
+        refused = [name for name in self._manifest.refused if name in self._plan.routes]
+        explained = {copy.target for name in [*names, *refused] for copy in self._plan.routes[name].copies}
         return sorted([*names, *(short - explained)])
 
     def written_twice(self) -> list[str]:
@@ -170,7 +171,8 @@ class ReplayPass:
         source = tensor if copy.source is None else copy.source.in_tensor(tensor)
         destination = copy.destination.in_tensor(target.tensor)
         if target.isa:
-            batch.packs.append((source.to(destination.dtype), destination, target.isa))
+            source = source if source.dtype == destination.dtype else source.to(destination.dtype)
+            batch.packs.append((source, destination, target.isa))
             batch.pack_names.append(name)
         else:
             batch.destinations.append(destination)

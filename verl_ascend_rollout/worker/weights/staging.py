@@ -85,7 +85,12 @@ class StagedLayer:
 
 class Staging:
     """The layers of a model that are rebuilt in a sync: on a CPU all that have code for it and are not loaded in place
-    by `moe` or derived again by `bracket`; elsewhere none."""
+    by `moe` or derived again by `bracket`; elsewhere none.
+
+    Attributes:
+        layers: these.
+        closed: names by storage of the packed weights of rebuilt layers: nothing may be loaded into them any more.
+    """
 
     def __init__(self, model: torch.nn.Module, direct: Callable[[str], bool] = lambda name: False) -> None:
         """Present the layers.
@@ -105,6 +110,7 @@ class Staging:
                 self._by_storage.setdefault(storage, []).append((layer, name))
         self._whole: list[StagedLayer] = []
         self._processed: set[int] = set()
+        self.closed: dict[int, str] = {}
 
     def came(self, storage: int, elements: int) -> None:
         """Note that elements have been written into a storage (see `storage_of`)."""
@@ -128,6 +134,9 @@ class Staging:
         if not layer.processed:
             layer.process()
             self._processed.add(id(layer.layer))
+            for name, weight in layer.record.weights.items():
+                if weight.layout == "prepacked":
+                    self.closed[storage_of(getattr(layer.layer, name))] = f"{layer.prefix}.{name}"
 
     def give_up(self) -> None:
         """Put back what the kernels of unprocessed layers had."""
@@ -138,16 +147,6 @@ class Staging:
     def storages(self) -> set[int]:
         """The storages that are there for this sync only."""
         return {storage_of(getattr(layer.layer, name)) for layer in self.layers for name in layer.kernel}
-
-    def closed(self) -> dict[int, str]:
-        """Names by storage of the weights of rebuilt layers: nothing may be loaded into them any more."""
-        return {
-            storage_of(getattr(layer.layer, name)): f"{layer.prefix}.{name}"
-            for layer in self.layers
-            if layer.processed
-            for name, weight in layer.record.weights.items()
-            if weight.layout == "prepacked"
-        }
 
     def is_processed(self, layer: torch.nn.Module) -> bool:
         """Whether a layer has been rebuilt in this sync."""

@@ -30,6 +30,7 @@ class Manifest:
             what came (reads every byte twice more).
         sync: the number of the sync, from 1, for messages.
         names: names received, each with the bytes of its tensor.
+        refused: names of tensors that the model does not take, each with the reason.
     """
 
     complete: bool = True
@@ -39,7 +40,7 @@ class Manifest:
     names: dict[str, int] = field(default_factory=dict)
     _duplicates: list[str] = field(default_factory=list)
     _not_finite: list[str] = field(default_factory=list)
-    _refused: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     _not_as_sent: list[str] = field(default_factory=list)
 
     @property
@@ -59,7 +60,7 @@ class Manifest:
 
     def refuse(self, name: str, reason: str) -> None:
         """Note a tensor that the model does not take: a name that it does not have, a wrong shape, a wrong dtype."""
-        self._refused[name] = reason
+        self.refused[name] = reason
 
     def not_as_sent(self, name: str) -> None:
         """Note a tensor that is not in the model as it came."""
@@ -83,7 +84,7 @@ class Manifest:
         findings = [
             _list_names("missing from the stream", missing),
             _list_names("sent more than once", [*self._duplicates, *duplicates]),
-            _list_names("refused by the model", [f"{name} ({reason})" for name, reason in self._refused.items()]),
+            _list_names("refused by the model", [f"{name} ({reason})" for name, reason in self.refused.items()]),
             _list_names("holding NaN or Inf", self._not_finite),
             _list_names("not in the model as they came", self._not_as_sent),
         ]
@@ -96,9 +97,22 @@ class Manifest:
             )
 
 
+_EXPONENTS = {torch.bfloat16: (torch.int16, 0x7F80), torch.float16: (torch.int16, 0x7C00)}
+"""For floats of two bytes: an integer of the same size, and the bits of the exponent, all of which NaN and Inf have."""
+
+
 def differs(written: torch.Tensor, sent: torch.Tensor) -> bool:
     """Whether a part of the model is not what was sent, cast to the model's dtype."""
-    return not torch.equal(written, sent.to(device=written.device, dtype=written.dtype))
+    sent = sent.to(device=written.device, dtype=written.dtype)
+    if written.is_contiguous() and sent.is_contiguous() and written.device.type == "cpu":
+        # torch.equal on bf16 does 1.4 GB/s, on integers of eight bytes 7.7 (one core of a cloud machine).
+        wide = torch.int64 if written.nbytes % 8 == 0 and _aligned(written) and _aligned(sent) else torch.uint8
+        return not torch.equal(written.view(-1).view(wide), sent.view(-1).view(wide))
+    return not torch.equal(written, sent)
+
+
+def _aligned(tensor: torch.Tensor) -> bool:
+    return tensor.storage_offset() * tensor.element_size() % 8 == 0 and tensor.dim() > 0
 
 
 def first_line(error: Exception) -> str:
@@ -108,6 +122,10 @@ def first_line(error: Exception) -> str:
 
 
 def _has_nan_or_inf(tensor: torch.Tensor) -> bool:
+    if tensor.dtype in _EXPONENTS and tensor.device.type == "cpu" and tensor.numel():
+        # 12 GB/s, where isfinite does 0.5 (bf16, one core of a cloud machine).
+        integer, exponent = _EXPONENTS[tensor.dtype]
+        return int((tensor.view(integer) & 0x7FFF).amax()) >= exponent
     # A NaN or Inf anywhere makes the sum one; a sum that overflows by itself is worth the closer look.
     if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return False

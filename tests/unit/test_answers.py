@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from verl_ascend_rollout import answers
 from verl_ascend_rollout.server import workers
-from verl_ascend_rollout.worker import answers
 
 
 def boom() -> None:

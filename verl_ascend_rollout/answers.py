@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-logger = logging.getLogger("verl_ascend_rollout.worker")
+logger = logging.getLogger("verl_ascend_rollout.answers")
 
 _VALUE, _ERROR = "ascend_safe_value", "ascend_safe_error"
 

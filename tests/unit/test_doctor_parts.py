@@ -1,0 +1,281 @@
+"""The doctor's parts: source that is read, stacks of wheels, limits that a test cannot set."""
+
+from __future__ import annotations
+
+import subprocess
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from verl_ascend_rollout.checks.doctor import claims, environment, stacks, wheels
+from verl_ascend_rollout.checks.doctor.environment import MIB, Machine
+from verl_ascend_rollout.checks.doctor.source import Assigns, Defines, Folders, Says, Uses, default_of, our_source
+from verl_ascend_rollout.cli import main
+
+SOURCE = '''"""A module."""
+import os
+if os.name == "posix":
+    from typing import overload
+    class Worker(Base):
+        limit: int = 3
+        @overload
+        def load(self, a: int) -> int: ...
+        @overload
+        def load(self, a: str) -> str: ...
+        def load(self, a, *, b=None, **rest):
+            self.runner, self.other = a, b
+            self.total += len(b)
+            context[prefix] = self
+            raise ValueError("FRACTAL_NZ mode is on")
+try:
+    import fast
+except ImportError:
+    def fallback(first, /, second): return fast.thing(named=1)
+'''
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Folders:
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "a.py").write_text(SOURCE)
+    (package / "broken.py").write_text("def (:\n")
+    return Folders({"package": package})
+
+
+@pytest.mark.parametrize(
+    ("place", "where"),
+    [
+        (Defines("package/a.py", "Worker"), 5),
+        (Defines("package/a.py", "Worker.limit"), 6),
+        (Defines("package/a.py", "Worker.load"), 11),
+        (Defines("package/a.py", "Worker.load", ("a", "b", "rest")), 11),
+        (Defines("package/a.py", "fallback", ("first", "second")), 19),
+        (Defines("package/a.py", "Worker.load", ("c",)), None),
+        (Defines("package/a.py", "Worker.gone"), None),
+        (Defines("package/a.py", "load"), None),
+        (Defines("package/gone.py", "Worker"), None),
+        (Defines("package/broken.py", "Worker"), None),
+        (Defines("other/a.py", "Worker"), None),
+        (Assigns("package/a.py", "Worker", "runner"), 12),
+        (Assigns("package/a.py", "Worker", "other"), 12),
+        (Assigns("package/a.py", "Worker", "total"), 13),
+        (Assigns("package/a.py", "Worker", "limit"), None),
+        (Uses("package/a.py", "runner"), 12),
+        (Uses("package/a.py", "named"), 19),
+        (Uses("package/a.py", "len", "Worker.load"), 13),
+        (Uses("package/a.py", "thing", "Worker"), None),
+        (Uses("package/a.py", "FRACTAL_NZ", "Worker.load", part_of_text=True), 15),
+        (Uses("package/a.py", "FRACTAL_NZ"), None),
+        (Says("package/a.py", "context[prefix]"), 14),
+    ],
+)
+def test_places(sources: Folders, place: Defines | Assigns | Uses | Says, where: int | None) -> None:
+    found = place.find(sources)
+    assert (found.where if found else None) == (f"{place.file}:{where}" if where else None)
+
+
+def test_the_default_of_a_class_attribute(sources: Folders) -> None:
+    assert default_of(sources, "package/a.py", "Worker.limit") == (6, "3")
+    assert default_of(sources, "package/a.py", "Worker.load") is None
+
+
+def test_every_claim_is_about_something_that_we_use() -> None:
+    """The module that is said to use a name has it; so a claim does not outlive its reason."""
+    ours = our_source()
+    unused = []
+    for claim in claims.all_claims():
+        words = {claims._word(place) for place in claim.places}
+        text = ours.read(f"verl_ascend_rollout/{claim.used_by}")
+        assert text is not None, f"{claim.name}: there is no {claim.used_by}"
+        if not any(word in text for word in words) and claim.name not in INDIRECT:
+            unused.append(f"{claim.name}: {claim.used_by} names none of {sorted(words)}")
+    assert unused == []
+
+
+INDIRECT = {
+    # Ours under another name: a package's entry-point group, a class by its registry, a model by its layers.
+    "vllm.general-plugins",
+    "vllm.qwen2-moe",
+    "vllm.worker-extension",
+    "vllm-ascend.camem",
+    "vllm.kernel-block-sizes",
+}
+
+
+def test_claims_have_names_of_their_own() -> None:
+    names = [claim.name for claim in claims.all_claims()]
+    assert len(names) == len(set(names))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# limits
+
+
+def machine(**changes: int | None) -> Machine:
+    return Machine(
+        **{
+            "shm_total": 16384 * MIB,
+            "shm_free": 16000 * MIB,
+            "files_soft": 1024,
+            "files_hard": 1048576,
+            "temporary": Path("/tmp"),
+            **changes,
+        }  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "verdict"),
+    [
+        (64 * MIB, 64 * MIB, "fail"),
+        (511 * MIB, 511 * MIB, "fail"),
+        (2048 * MIB, 2048 * MIB, "warn"),
+        (16384 * MIB, 100 * MIB, "warn"),
+        (16384 * MIB, 16000 * MIB, "pass"),
+        (None, None, "fail"),
+    ],
+)
+def test_shared_memory(total: int | None, free: int | None, verdict: str) -> None:
+    check = environment.shared_memory(machine(shm_total=total, shm_free=free))
+    assert check.verdict == verdict
+    assert bool(check.advice) == (verdict != "pass")
+    if total == 64 * MIB:
+        assert "/dev/shm has 64 MiB" in check.summary and "--shm-size" in check.advice
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "verdict"),
+    [(1024, 1024, "fail"), (1024, 4095, "fail"), (1024, 4096, "warn"), (1024, 1048576, "pass"), (8192, 8192, "pass")],
+)
+def test_open_files_as_ray_will_have_raised_them(soft: int, hard: int, verdict: str) -> None:
+    assert environment.open_files(machine(files_soft=soft, files_hard=hard)).verdict == verdict
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# pairs
+
+
+@pytest.mark.parametrize(
+    ("versions", "requirements", "failing", "warning"),
+    [
+        ({"vllm": "0.18.0+empty", "vllm-ascend": "0.18.0rc1", "verl": "0.9.1"}, {}, [], []),
+        ({"vllm": "0.18.1", "vllm-ascend": "0.18.0", "verl": "0.9.1"}, {}, ["stack.vllm-ascend"], ["stack.tested"]),
+        ({"vllm-ascend": "0.18.0"}, {}, ["stack.vllm-ascend"], ["stack.tested"]),
+        ({"torch": "2.9.0+cpu", "torch-npu": "2.9.0.post2"}, {}, [], ["stack.tested"]),
+        ({"torch": "2.9.1", "torch-npu": "2.9.0.post2"}, {}, ["stack.torch-npu"], ["stack.tested"]),
+        ({"verl": "0.8.0", "vllm": "0.18.0"}, {}, ["stack.verl"], ["stack.tested"]),
+        ({"verl": "0.9.1", "vllm": "0.17.0"}, {}, ["stack.verl"], ["stack.tested"]),
+        ({"verl": "0.9.1", "vllm": "0.24.0"}, {}, [], []),
+        # A post release apart: the same compiled interface, and not what was asked for.
+        (
+            {"torch-npu": "2.9.0.post2", "torch": "2.9.0", "vllm-ascend": "0.18.0", "vllm": "0.18.0"},
+            {"vllm-ascend": ("torch-npu==2.9.0", "torch==2.9.0")},
+            [],
+            ["stack.metadata"],
+        ),
+        # vLLM's own pin is CUDA's, and does not count on Ascend.
+        (
+            {"torch-npu": "2.9.0", "torch": "2.9.0", "vllm-ascend": "0.18.0", "vllm": "0.18.0"},
+            {"vllm": ("torch==2.10.0",)},
+            [],
+            [],
+        ),
+        ({"torch": "2.9.0", "vllm": "0.28.0"}, {"vllm": ("torch==2.13.0",)}, ["stack.metadata"], ["stack.tested"]),
+        ({"torch": "2.9.0", "vllm": "0.28.0"}, {"vllm": ("torch==2.13.0; extra == 'x'", "?!")}, [], ["stack.tested"]),
+        ({"verl": "?", "vllm": "0.28.0", "torch": "2.13.0"}, {"verl": ("torch==1",)}, [], []),
+    ],
+)
+def test_pairs(
+    versions: dict[str, str], requirements: dict[str, tuple[str, ...]], failing: list[str], warning: list[str]
+) -> None:
+    checks = list(stacks.check_stack(versions, requirements))
+    assert [check.name for check in checks if check.verdict == "fail"] == failing
+    assert [check.name for check in checks if check.verdict == "warn"] == warning
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# wheels
+
+
+def make_wheel(folder: Path, name: str, version: str, files: Mapping[str, str], *requires: str) -> Path:
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    lines = [
+        "Metadata-Version: 2.1",
+        f"Name: {name}",
+        f"Version: {version}",
+        *(f"Requires-Dist: {r}" for r in requires),
+    ]
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, text in files.items():
+            archive.writestr(file, text)
+        archive.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture
+def no_download(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Instead of pip: what it says where it finds nothing."""
+    asked: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found for y\n")
+
+    monkeypatch.setattr(wheels.subprocess, "run", run)
+    return asked
+
+
+def test_a_stack_from_wheels_that_are_at_hand(
+    tmp_path: Path, no_download: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_wheel(tmp_path, "verl", "0.9.1", {"verl/__init__.py": "group = 'verl.plugins'\n"}, "vllm<0.12")
+    make_wheel(tmp_path, "vllm_ascend", "0.18.0", {"vllm_ascend/__init__.py": "", "vllm_ascend/_build_info.py": "x"})
+    make_wheel(
+        tmp_path,
+        "vllm",
+        "0.18.0",
+        {"vllm/__init__.py": "", "vllm/config/model.py": "class ModelConfig:\n    enforce_eager = 1\n"},
+    )
+    stack = wheels.get(wheels.parse_stack("verl==0.9.1, vllm_ascend==0.18, vllm==0.18.0"), tmp_path, say=False)
+    assert stack.versions() == {"verl": "0.9.1", "vllm-ascend": "0.18.0", "vllm": "0.18.0"}
+    assert stack.requirements()["verl"] == ("vllm<0.12",)
+    stack.close()
+    status = main(["doctor", "--all", "--for", "verl==0.9.1,vllm==0.18.0,vllm-ascend==0.18", "--wheels", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert status == 1
+    assert "PASS    vllm.enforce-eager:" in out and "vllm/config/model.py:2" in out
+    assert "FAIL    vllm.kv-caches: not there: GPUModelRunner.kv_caches" in out
+    assert "FAIL    stack.metadata: versions that do not match: verl 0.9.1 requires vllm<0.12" in out
+    assert no_download == []
+
+
+def test_no_wheel_is_one_sentence(
+    tmp_path: Path, no_download: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--for", "vllm-ascend==9.9", "--wheels", str(tmp_path / "made")]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("ascend-safe: pip finds no wheel of vllm-ascend 9.9 (No matching distribution found for y)")
+    # Wheels for other Pythons do as well for reading.
+    assert len(no_download) == len(wheels.PYTHONS)
+    assert all("--no-deps" in command and "--only-binary=:all:" in command for command in no_download)
+
+
+def test_a_damaged_wheel_is_one_sentence(
+    tmp_path: Path, no_download: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "vllm-0.18.0-py3-none-any.whl").write_bytes(b"PK\x03\x04 and no more")
+    assert main(["doctor", "--for", "vllm==0.18.0", "--wheels", str(tmp_path)]) == 1
+    err = capsys.readouterr().err
+    assert "cannot be read: File is not a zip file; delete it to have it downloaded again" in err
+    assert err.count("\n") == 1
+
+
+def test_files_that_are_no_wheels_are_passed_over(tmp_path: Path) -> None:
+    for name in ("notes.txt", "nonsense.whl", "vllm-new-py3-none-any.whl"):
+        (tmp_path / name).write_text("")
+    assert wheels.at_hand(tmp_path, {"vllm": "0.18.0"}) == {}

@@ -1,0 +1,340 @@
+"""Later syncs repeat the first: on plain torch layers with the loaders that vLLM's models have, without an engine."""
+
+from __future__ import annotations
+
+import logging
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from test_weight_layouts import EXPERTS, Method, Model, checkpoint, processed
+
+from verl_ascend_rollout.worker.weights import bracket, layout, prepack
+from verl_ascend_rollout.worker.weights.plan import Plan, Recorder, Region
+from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
+
+CONFIG = types.SimpleNamespace(dtype=torch.bfloat16)
+HIDDEN, INTERMEDIATE = 8, 6
+
+
+def sync(model: torch.nn.Module, tensors: Iterable[tuple[str, torch.Tensor]], plan: Plan, **options: Any) -> Manifest:
+    manifest = Manifest(**options)
+    with bracket.reload(model, CONFIG, manifest, plan) as load:
+        load(tensors)
+    return manifest
+
+
+def fresh(tensors: dict[str, torch.Tensor], model: type[Model] = Model) -> torch.nn.Module:
+    """A model of which all weights were loaded once, then processed: what every sync must come to."""
+    made = model(HIDDEN, INTERMEDIATE)
+    made.load_weights(tensors.items())
+    layout.watch(made)
+    for layer in (made.experts, made.gate):
+        layer.quant_method.process_weights_after_loading(layer)
+    return made
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    pairs = zip(one.named_parameters(), other.named_parameters(), strict=True)
+    return all(name == also and torch.equal(a, b) for (name, a), (also, b) in pairs)
+
+
+def forbid_loading(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_weights(weights: Any) -> set[str]:
+        raise AssertionError("the model's own loader was asked")
+
+    monkeypatch.setattr(model, "load_weights", load_weights)
+
+
+def test_the_second_sync_never_asks_the_loader_and_is_what_a_fresh_load_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE), Plan()
+    addresses = [parameter.data_ptr() for parameter in model.parameters()]
+    sync(model, checkpoint(HIDDEN, INTERMEDIATE, 0).items(), plan)
+    assert plan.replayable
+    forbid_loading(model, monkeypatch)
+    for seed in (1, 2, 3):
+        tensors = checkpoint(HIDDEN, INTERMEDIATE, seed)
+        order = list(tensors.items()) if seed != 2 else list(reversed(tensors.items()))
+        sync(model, order, plan, compare=True)
+        assert same(model, fresh(tensors))
+        assert torch.equal(model.gate.weight_fp32, tensors["gate"].float())
+    assert [parameter.data_ptr() for parameter in model.parameters()] == addresses
+
+
+def test_another_dtype_is_asked_for_once_said_once_and_copied_from_then_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE), Plan()
+    sync(model, checkpoint(HIDDEN, INTERMEDIATE, 0).items(), plan)
+    wider = {name: tensor.double() for name, tensor in checkpoint(HIDDEN, INTERMEDIATE, 1).items()}
+    with caplog.at_level(logging.INFO, logger="verl_ascend_rollout.worker"):
+        sync(model, wider.items(), plan)
+        assert same(model, fresh(wider))
+        forbid_loading(model, monkeypatch)
+        sync(model, wider.items(), plan)
+    assert sum("did not come as in the one before" in line for line in caplog.messages) == 1
+
+
+def test_other_names_for_the_same_weights_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE), Plan()
+    sync(model, checkpoint(HIDDEN, INTERMEDIATE, 0).items(), plan)
+    tensors = checkpoint(HIDDEN, INTERMEDIATE, 1)
+    renamed = {f"0{name}" if name.endswith("w2") else name: tensor for name, tensor in tensors.items()}
+    sync(model, renamed.items(), plan)
+    assert same(model, fresh(tensors))
+    forbid_loading(model, monkeypatch)
+    sync(model, renamed.items(), plan)
+
+
+@pytest.mark.parametrize("left_out", ["gate", "1.w3", "2.w2"])
+def test_what_never_came_is_named_and_the_next_sync_goes_by_the_loader(left_out: str) -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE), Plan()
+    tensors = checkpoint(HIDDEN, INTERMEDIATE, 0)
+    sync(model, tensors.items(), plan)
+    with pytest.raises(WeightSyncError, match=rf"1 parameters missing from the stream: {left_out}\."):
+        sync(model, [(name, tensor) for name, tensor in tensors.items() if name != left_out], plan)
+    assert not plan.routes
+    sync(model, tensors.items(), plan)
+    assert plan.replayable
+
+
+def test_a_place_that_is_written_twice_by_two_names_is_an_error() -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE), Plan()
+    tensors = checkpoint(HIDDEN, INTERMEDIATE, 0)
+    sync(model, tensors.items(), plan)
+    with pytest.raises(WeightSyncError, match=r"sent more than once: 01\.w1 \(the place of 1\.w1\)"):
+        sync(model, [*tensors.items(), ("01.w1", tensors["1.w1"])], plan)
+
+
+def test_all_that_is_wrong_is_in_one_error() -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE), Plan()
+    tensors = checkpoint(HIDDEN, INTERMEDIATE, 0)
+    sync(model, tensors.items(), plan)
+    wrong = dict(tensors)
+    del wrong["2.w2"]
+    wrong["0.w1"] = torch.ones(INTERMEDIATE + 1, HIDDEN)
+    wrong["7.w9"] = torch.ones(3)
+    wrong["1.w3"] = torch.full((INTERMEDIATE, HIDDEN), float("nan"))
+    with pytest.raises(WeightSyncError) as failure:
+        sync(model, [*wrong.items(), ("gate", tensors["gate"])], plan)
+    said = str(failure.value)
+    assert "missing from the stream: 2.w2" in said
+    assert "sent more than once: gate" in said
+    assert f"0.w1 (came as torch.float32 of shape ({INTERMEDIATE + 1}, {HIDDEN}) instead of" in said
+    assert "7.w9 (came as torch.float32 of shape (3,): " in said
+    assert "holding NaN or Inf: 1.w3" in said
+
+
+def test_the_same_holds_for_the_first_sync() -> None:
+    model = processed(HIDDEN, INTERMEDIATE)
+    wrong = dict(checkpoint(HIDDEN, INTERMEDIATE, 0))
+    del wrong["2.w2"]
+    wrong["0.w1"] = torch.ones(INTERMEDIATE + 1, HIDDEN)
+    wrong["x.w9"] = torch.ones(3)
+    wrong["1.w3"] = torch.full((INTERMEDIATE, HIDDEN), float("nan"))
+    with pytest.raises(WeightSyncError) as failure:
+        sync(model, [*wrong.items(), ("gate", wrong["gate"])], Plan())
+    said = str(failure.value)
+    for part in ("experts.w2_weight", "sent more than once: gate", "0.w1 (", "x.w9 (", "NaN or Inf: 1.w3"):
+        assert part in said
+
+
+class CastingModel(Model):
+    """A model whose loader does more than copy."""
+
+    def load_weights(self, weights: Any) -> set[str]:
+        return super().load_weights((name, tensor * 1) for name, tensor in weights)
+
+
+def test_a_loader_that_does_more_than_copy_is_asked_every_time(caplog: pytest.LogCaptureFixture) -> None:
+    model, plan = CastingModel(HIDDEN, INTERMEDIATE), Plan()
+    layout.watch(model)
+    for layer in (model.experts, model.gate):
+        layer.quant_method.process_weights_after_loading(layer)
+    with caplog.at_level(logging.INFO, logger="verl_ascend_rollout.worker"):
+        for seed in (0, 1):
+            tensors = checkpoint(HIDDEN, INTERMEDIATE, seed)
+            sync(model, tensors.items(), plan)
+            assert not plan.replayable
+            assert same(model, fresh(tensors))
+    assert sum("goes through the model's own loader" in line for line in caplog.messages) == 1
+
+
+def test_a_copy_that_did_not_happen_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE), Plan()
+    tensors = checkpoint(HIDDEN, INTERMEDIATE, 0)
+    sync(model, tensors.items(), plan)
+    original = torch._foreach_copy_
+
+    def all_but_the_first(destinations: Any, sources: Any) -> None:
+        original(destinations[1:], sources[1:])
+
+    monkeypatch.setattr(torch, "_foreach_copy_", all_but_the_first)
+    changed = checkpoint(HIDDEN, INTERMEDIATE, 1)
+    sync(model, changed.items(), plan)
+    with pytest.raises(WeightSyncError, match="1 parameters not in the model as they came: gate"):
+        sync(model, checkpoint(HIDDEN, INTERMEDIATE, 2).items(), plan, compare=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# layers that are rebuilt
+
+
+def reverse(layer: Any) -> None:
+    """A processing whose result is no view of the checkpoint's form, and which leaves an emptied parameter behind."""
+    for name in ("w13_weight", "w2_weight"):
+        setattr(layer, f"packed_{name}", getattr(layer, name).data.flatten().flip(0).clone())
+        setattr(layer, name, torch.nn.Parameter(torch.empty(0), requires_grad=False))
+
+
+def test_repacked_layers_are_rebuilt_from_every_sync_and_nothing_stays_staged() -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE, reverse), Plan()
+    for seed in (0, 1, 2):
+        tensors = checkpoint(HIDDEN, INTERMEDIATE, seed)
+        sync(model, tensors.items(), plan, compare=True)
+        for name, shards in (("w13_weight", ("w1", "w3")), ("w2_weight", ("w2",))):
+            expected = torch.stack(
+                [torch.cat([tensors[f"{expert}.{shard}"] for shard in shards]) for expert in range(EXPERTS)]
+            )
+            assert torch.equal(getattr(model.experts, f"packed_{name}").flip(0), expected.flatten())
+            assert getattr(model.experts, name).numel() == 0
+    assert plan.replayable
+
+
+def test_a_failed_sync_leaves_the_kernels_parameters_in_place() -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE, reverse), Plan()
+    tensors = checkpoint(HIDDEN, INTERMEDIATE, 0)
+    sync(model, tensors.items(), plan)
+    with pytest.raises(WeightSyncError, match=r"missing from the stream: 0\.w1"):
+        sync(model, list(tensors.items())[2:], plan)
+    assert model.experts.w13_weight.numel() == 0
+    sync(model, tensors.items(), plan)
+    assert torch.equal(model.experts.packed_w2_weight.flip(0)[: HIDDEN * INTERMEDIATE], tensors["0.w2"].flatten())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# experts that vLLM's CPU kernels pack
+
+
+ROWS, COLUMNS = 64, 96
+
+
+def pack_whole(weight: torch.Tensor, isa: str) -> torch.Tensor:
+    pytest.importorskip("vllm._custom_ops", reason="vLLM's CPU build packs, and is not installed")
+    packed = torch.empty_like(weight)
+    torch.ops._C.prepack_moe_weight(weight, packed, isa)
+    return packed
+
+
+class PackedExperts(torch.nn.Module):
+    """Experts as vLLM 0.28's CPU method leaves them: packed, with a kernel that knows for what."""
+
+    def __init__(self, isa: str) -> None:
+        super().__init__()
+        self.w13_weight = torch.nn.Parameter(torch.randn(4, 2 * ROWS, COLUMNS).bfloat16(), requires_grad=False)
+        self.w2_weight = torch.nn.Parameter(torch.randn(4, COLUMNS, ROWS).bfloat16(), requires_grad=False)
+        self.quant_method: Any = Method(self.pack)
+        self.isa = isa
+
+    def pack(self, layer: Any) -> None:
+        for name in ("w13_weight", "w2_weight"):
+            setattr(layer, name, torch.nn.Parameter(pack_whole(getattr(layer, name).data, self.isa), False))
+        self.quant_method.moe_kernel = types.SimpleNamespace(fused_experts=types.SimpleNamespace(isa=self.isa))
+
+
+@pytest.mark.parametrize("isa", ["vec", "amx"])
+def test_packed_experts_are_recognised_and_packed_region_by_region(isa: str) -> None:
+    layer = PackedExperts(isa)
+    layout.watch(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    found = layout.record(layer)
+    assert found is not None
+    assert {name: (weight.layout, weight.isa) for name, weight in found.weights.items()} == {
+        "w13_weight": ("prepacked", isa),
+        "w2_weight": ("prepacked", isa),
+    }
+    weight = torch.randn(4, 2 * ROWS, COLUMNS).bfloat16()
+    regions = torch.empty_like(weight)
+    for expert in range(4):
+        for start in (0, ROWS):
+            part = weight[expert, start : start + ROWS]
+            assert prepack.fits(tuple(part.shape), part.stride(), part.storage_offset(), tuple(weight.shape))
+            prepack.pack(part, regions[expert, start : start + ROWS], isa)
+    assert torch.equal(regions, pack_whole(weight, isa))
+
+
+def test_experts_that_are_packed_otherwise_are_repacked() -> None:
+    layer = PackedExperts("vec")
+
+    def pack_and_shift(given: Any) -> None:
+        layer.pack(given)
+        given.w2_weight.data.add_(1)
+
+    layer.quant_method.process = pack_and_shift
+    layout.watch(layer)
+    layer.quant_method.process_weights_after_loading(layer)
+    found = layout.record(layer)
+    assert found is not None
+    assert {weight.layout for weight in found.weights.values()} == {"repacked"}, "a layer is rebuilt as a whole"
+
+
+@pytest.mark.parametrize(
+    ("region", "fits"),
+    [
+        (Region((ROWS, COLUMNS), (COLUMNS, 1), 0), True),
+        (Region((ROWS, COLUMNS), (COLUMNS, 1), ROWS * COLUMNS), True),
+        (Region((2 * ROWS, COLUMNS), (COLUMNS, 1), 2 * ROWS * COLUMNS), True),
+        (Region((ROWS, COLUMNS), (COLUMNS, 1), 16 * COLUMNS), False),
+        (Region((ROWS, COLUMNS // 2), (COLUMNS, 1), 0), False),
+        (Region((ROWS // 2, COLUMNS), (COLUMNS, 1), 0), False),
+        (Region((4, 2 * ROWS, COLUMNS), (2 * ROWS * COLUMNS, COLUMNS, 1), 0), False),
+    ],
+)
+def test_only_halves_and_wholes_of_an_expert_are_packed_alone(region: Region, fits: bool) -> None:
+    assert prepack.fits(region.size, region.stride, region.offset, (4, 2 * ROWS, COLUMNS)) is fits
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the recorder
+
+
+def test_a_tensor_in_a_bucket_is_not_mistaken_for_its_neighbour() -> None:
+    bucket = torch.arange(12.0)
+    first, second = bucket[:6].view(2, 3), bucket[6:].view(2, 3)
+    parameter = torch.zeros(4, 3)
+    recorder = Recorder({"weight": parameter})
+    with recorder:
+        for _, tensor in recorder.watched([("first", first), ("second", second), ("third", first)]):
+            parameter[2:].copy_(second[:, :] if tensor is not first else first)
+    assert recorder.routes["second"].copies[0].destination == Region((2, 3), (3, 1), 6)
+    assert set(recorder.routes) == {"first", "second", "third"}
+    recorder = Recorder({"weight": parameter})
+    with recorder:
+        for _ in recorder.watched([("first", first)]):
+            parameter[:2].copy_(second)
+    assert recorder.not_plain == {"first": "a copy of something made of it into weight"}
+
+
+def test_asking_writes_nothing() -> None:
+    parameter = torch.zeros(2, 3)
+    recorder = Recorder({"weight": parameter}, write=False)
+    with recorder:
+        for _, tensor in recorder.watched([("name", torch.ones(3, 2))]):
+            parameter.copy_(tensor.t())
+    assert torch.equal(parameter, torch.zeros(2, 3))
+    (copy,) = recorder.routes["name"].copies
+    assert copy.source == Region((2, 3), (1, 2), 0)
+
+
+def test_a_constant_written_into_memory_of_one_sync_must_be_written_again() -> None:
+    kept, passing = torch.ones(4), torch.ones(4)
+    from verl_ascend_rollout.worker.weights.staging import storage_of
+
+    recorder = Recorder({"kept": kept, "passing": passing}, temporary={storage_of(passing)})
+    with recorder:
+        for name, _ in recorder.watched([("kept", torch.ones(2)), ("passing", torch.ones(2))]):
+            {"kept": kept, "passing": passing}[name][2:].fill_(0)
+    assert set(recorder.routes) == {"kept"}
+    assert set(recorder.not_plain) == {"passing"}
