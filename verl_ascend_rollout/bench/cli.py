@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import Any
 
+from verl_ascend_rollout.bench import kv
+from verl_ascend_rollout.bench.arguments import gib, positive
 from verl_ascend_rollout.bench.table import BenchError
 
 
@@ -19,6 +21,7 @@ def add_parser(commands: Any) -> None:
     bench.set_defaults(run=run)
     what = bench.add_subparsers(dest="bench", metavar="WHAT", required=True)
     _add_weights(what)
+    kv.add_parser(what)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,32 +31,14 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status: 0, or 1 where the bench could not be run to its end.
     """
     try:
-        _run_weights(arguments)
+        if arguments.bench == "kv":
+            kv.run(arguments)
+        else:
+            _run_weights(arguments)
     except BenchError as error:
         print(f"ascend-safe: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def positive(text: str) -> int:
-    """A count of at least one, for argparse."""
-    try:
-        number = int(text)
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return number
-
-
-def _gib(text: str) -> float:
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size in GiB")
-    return size
 
 
 def _add_weights(what: Any) -> None:
@@ -65,7 +50,7 @@ def _add_weights(what: Any) -> None:
     )
     weights.add_argument("--layers", type=positive, default=24, metavar="N")
     weights.add_argument("--experts", type=positive, default=60, metavar="N")
-    weights.add_argument("--gib", type=_gib, metavar="X", help="size of the weights; widths follow")
+    weights.add_argument("--gib", type=gib, metavar="X", help="size of the weights; widths follow")
     exact = weights.add_argument_group("exact widths, instead of --gib")
     for width in ("hidden", "moe-intermediate", "shared-intermediate", "vocabulary"):
         exact.add_argument(f"--{width}", type=positive, metavar="N")

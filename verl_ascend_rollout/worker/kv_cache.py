@@ -1,13 +1,12 @@
 """The KV-cache ladder: how the memory of the KV cache is given back and taken again, inside vLLM's worker process.
 
-Three rungs here, walked from the top once, at start-up, by asking what the engine has:
+Four rungs, walked from the top once, at start-up, by asking what the engine has:
 
+- `release_kv_cache`: sleep mode that can discard the KV cache alone, and leaves the weights where they are
+  (vllm#44890: `Worker.discard`, in vLLM from 0.31 on; not on a CPU, and not in vllm-ascend 0.11 to 0.30).
 - `sleep`: vLLM's sleep mode (CUDA cumem, Ascend CaMem) unmaps the memory and keeps the addresses.
-- `direct`: no sleep mode, and eager: drop the tensors and make them again.  Every alias of a KV tensor is reset; one
-  that is forgotten keeps the memory alive (vllm-ascend: `impl.key_cache`) or is read instead of the new cache.
+- `direct`: no sleep mode, and eager: drop the tensors and make them again (`kv_aliases` has who refers to them).
 - `keep`: nothing safe; the memory stays, and the report says what stood in the way.
-
-A KV-only release of vLLM's own (vllm#44890) would stand above these; vLLM 0.28 does not have it.
 """
 
 from __future__ import annotations
@@ -15,16 +14,19 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import importlib
 import inspect
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import psutil
 import torch
 
-Rung = Literal["sleep", "direct", "keep"]
+from verl_ascend_rollout.worker import kv_aliases
+
+Rung = Literal["release_kv_cache", "sleep", "direct", "keep"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,10 @@ class KVCacheMemoryError(RuntimeError):
     """There is not enough memory to make the KV cache again.  The message has the numbers and what to lower."""
 
 
+class KVCacheHeldError(RuntimeError):
+    """Somebody still holds the old KV cache: it is not freed, and might be read instead of a new one."""
+
+
 def probe(worker: Any, wish: str = "auto") -> Probe:
     """Find the rung that works on this worker.
 
@@ -75,8 +81,11 @@ def probe(worker: Any, wish: str = "auto") -> Probe:
         The first rung that works, at or below the wish.
     """
     obstacles: list[str] = []
-    if wish == "release_kv_cache":
-        obstacles.append("release_kv_cache: this vLLM has no KV-only release (vllm#44890)")
+    if wish in ("auto", "release_kv_cache"):
+        missing = list(_missing_for_release(worker))
+        if not missing:
+            return Probe("release_kv_cache", tuple(obstacles))
+        obstacles.extend(f"release_kv_cache: {reason}" for reason in missing)
     if wish in ("auto", "release_kv_cache", "sleep"):
         if _sleep_mode(worker):
             return Probe("sleep", tuple(obstacles))
@@ -101,10 +110,17 @@ def free(worker: Any, rung: Rung) -> KVCacheChange:
 
     Returns:
         What was done.  Freeing twice changes nothing the second time.
+
+    Raises:
+        KVCacheHeldError: somebody else holds the KV tensors (`direct`); the message says who, where that can be told.
     """
     with _measured(worker, "free", rung) as outcome:
         if outcome.bytes_before == 0:
             outcome.reason = "the KV cache is already free"
+        elif rung == "release_kv_cache":
+            worker.discard(("kv_cache",))
+            worker._ascend_safe_kv_asleep = True
+            outcome.changed = True
         elif rung == "sleep":
             # vLLM's level 1 moves the weights out too; they are wanted back at once, as verl's own release_kv_cache
             # does it (verl 0.9.1, vllm_async_server.py:875-883).
@@ -113,7 +129,12 @@ def free(worker: Any, rung: Rung) -> KVCacheChange:
             worker._ascend_safe_kv_asleep = True
             outcome.changed = True
         elif rung == "direct":
-            _drop_tensors(worker)
+            holders = kv_aliases.unknown_holders(worker.model_runner)
+            if holders:
+                raise KVCacheHeldError(
+                    f"The KV cache is not freed: {', '.join(holders)} holds it too and would go on reading the old one"
+                )
+            _drop_tensors(worker, outcome)
             outcome.changed = True
         else:
             outcome.reason = "nothing safe gives the memory back here; see the probe's obstacles"
@@ -132,11 +153,12 @@ def init(worker: Any, rung: Rung) -> KVCacheChange:
 
     Raises:
         KVCacheMemoryError: the memory is not there, even after one more collection of garbage.
+        KVCacheHeldError: the old cache is still held (`direct`).
     """
     with _measured(worker, "init", rung) as outcome:
         if outcome.bytes_before > 0:
             outcome.reason = "the KV cache is already there"
-        elif rung == "sleep":
+        elif rung in ("release_kv_cache", "sleep"):
             worker.wake_up(tags=["kv_cache"])
             worker._ascend_safe_kv_asleep = False
             outcome.changed = True
@@ -152,12 +174,29 @@ def kv_bytes(worker: Any) -> int:
     """Bytes held by the KV tensors, each storage counted once (layers may share one); 0 while they are asleep."""
     if getattr(worker, "_ascend_safe_kv_asleep", False):
         return 0
-    storages: dict[int, int] = {}
-    for tensor in _kv_tensors(worker):
-        storage = tensor.untyped_storage()
-        if storage.nbytes():
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in kv_aliases.storages(worker.model_runner).values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the `release_kv_cache` rung
+
+
+def _missing_for_release(worker: Any) -> Iterator[str]:
+    """What stands in the way of discarding the KV cache alone (vllm#44890)."""
+    if not callable(getattr(worker, "discard", None)):
+        yield f"{type(worker).__name__} has no `discard` (vllm#44890; vLLM has it from 0.31 on)"
+        return
+    if not _sleep_mode(worker):
+        yield "the engine runs without sleep mode, whose allocator is what discards"
+        return
+    if _on_cpu(worker):
+        yield "vLLM's CPU worker refuses it (vllm 0.32, cpu_worker.py:187)"
+        return
+    backend = type(getattr(worker, "sleep_mode_backend", None))
+    # The base class refuses; a back end that can discard overrides (vllm 0.32, sleep_mode_backend.py:76).
+    owner = next((base for base in backend.__mro__ if "discard" in vars(base)), None)
+    if owner is not None and owner.__name__ == "SleepModeBackend":
+        yield f"the sleep-mode back end {backend.__name__} cannot discard one tag"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -170,14 +209,15 @@ def _missing_for_direct(worker: Any) -> Iterator[str]:
     if runner is None:
         yield "the worker has no model runner"
         return
-    for attribute in ("kv_caches", "kv_cache_config", "initialize_kv_cache_tensors"):
+    name = type(runner).__name__
+    for attribute in ("kv_caches", "kv_cache_config"):
         if not hasattr(runner, attribute):
-            yield f"{type(runner).__name__} has no `{attribute}`"
-    if _forward_context(runner) is None:
-        yield f"{type(runner).__name__} has no `compilation_config.static_forward_context`"
+            yield f"{name} has no `{attribute}`"
+    if kv_aliases.layers(runner) is None:
+        yield f"{name} has no `compilation_config.static_forward_context`"
     config = getattr(runner, "vllm_config", None)
     if config is None:
-        yield f"{type(runner).__name__} has no `vllm_config`"
+        yield f"{name} has no `vllm_config`"
         return
     # A graph has the tensors' addresses in it; new tensors have others.  With this flag vLLM captures and compiles
     # nothing (vllm 0.28, config/vllm.py:1284).
@@ -185,69 +225,133 @@ def _missing_for_direct(worker: Any) -> Iterator[str]:
         yield "the engine does not run in eager mode: captured or compiled code may hold the addresses"
     if getattr(config, "kv_transfer_config", None) is not None:
         yield "a KV connector has the tensors' addresses registered"
+    try:
+        _maker(runner)
+    except LookupError as error:
+        yield str(error.args[0])
 
 
-def _drop_tensors(worker: Any) -> None:
-    """Let go of every reference to the KV tensors.
+def _maker(runner: Any) -> Callable[[], None]:
+    """The call that makes the KV tensors again, with its arguments.
 
-    The list is that of vLLM's own `_cleanup_profiling_kv_cache` (vllm 0.28, gpu_model_runner.py:6709) without what
-    would make a second `initialize_kv_cache` necessary (attention groups, kv_cache_config), plus the aliases of other
-    releases: facts by release are beside each line.
+    Arguments go by name: what vLLM passes differs from release to release, and so does its order.
+
+    Raises:
+        LookupError: this runner cannot make them alone, or wants an argument that is not known here.
     """
-    runner = worker.model_runner
-    for index in range(len(runner.kv_caches)):
-        runner.kv_caches[index] = None
-    # In place: the connector and the speculative decoder hold this very list.
-    runner.kv_caches.clear()
-    if hasattr(runner, "cross_layers_kv_cache"):
-        runner.cross_layers_kv_cache = None
-    for layer in (_forward_context(runner) or {}).values():
-        # MoE layers stand in the same mapping, without a KV cache (all releases, 0.11 to 0.28).
-        if hasattr(layer, "kv_cache"):
-            # A list until vLLM 0.18, a bare tensor from 0.20.2 on.
-            layer.kv_cache = torch.tensor([]) if isinstance(layer.kv_cache, torch.Tensor) else []
-        implementation = getattr(layer, "impl", None)
-        for alias in ("key_cache", "value_cache", "_k_scale_cache", "_v_scale_cache"):
-            # vllm-ascend 0.11 to main keep views of the cache here and never look again (attention_v1.py): left alone,
-            # nothing is freed, and the new cache is ignored.  The scale views are vLLM 0.28's int8 and fp8 caches.
-            if getattr(implementation, alias, None) is not None:
-                setattr(implementation, alias, None)
-    _collect(worker)
+    name = type(runner).__name__
+    known: dict[str, Callable[[], Any]] = {
+        "kv_cache_config": lambda: runner.kv_cache_config,
+        # V1: vLLM 0.13 on; vllm-ascend from 0.30 on.  V2 has it without the underscore.
+        "kernel_block_sizes": lambda: _first(runner, "_kernel_block_sizes", "kernel_block_sizes"),
+    }
+    make: Callable[..., Any]
+    if hasattr(runner, "initialize_kv_cache_tensors"):
+        make = runner.initialize_kv_cache_tensors
+    else:
+        # vLLM's V2 runner makes them in a function (vllm 0.24 to 0.32, v1/worker/gpu/attn_utils.py).
+        try:
+            make = importlib.import_module("vllm.v1.worker.gpu.attn_utils").init_kv_cache
+        except (ImportError, AttributeError):
+            raise LookupError(
+                f"{name} has no `initialize_kv_cache_tensors`, and vLLM no `init_kv_cache` of its V2 runner"
+            ) from None
+        if "MambaSpec" in _spec_names(runner):
+            raise LookupError(f"{name} keeps the addresses of Mamba states (v1/worker/gpu/model_states)")
+        known |= {
+            "runner_kv_caches": lambda: runner.kv_caches,
+            "forward_context": lambda: kv_aliases.layers(runner),
+            "device": lambda: runner.device,
+            "cache_dtype": lambda: runner.vllm_config.cache_config.cache_dtype,
+            "vllm_config": lambda: runner.vllm_config,
+            "attn_groups": lambda: runner.attn_groups,
+        }
+        if "runner_kv_caches" not in inspect.signature(make).parameters:
+            raise LookupError(f"{name} binds its KV cache in a way that is not known here (vLLM from 0.29 on)")
+    wanted = inspect.signature(make).parameters
+    required = [p.name for p in wanted.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    unknown = [parameter for parameter in required if parameter not in known]
+    if unknown:
+        raise LookupError(f"{name} wants {', '.join(unknown)} to make its KV tensors, which is not known here")
+    # An optional argument is left at its default (vllm 0.30: the memory pool to allocate in), except where it is known.
+    given = [parameter for parameter in wanted if parameter in known]
+
+    def call() -> None:
+        make(**{parameter: known[parameter]() for parameter in given})
+
+    return call
+
+
+def _first(runner: Any, *attributes: str) -> Any:
+    for attribute in attributes:
+        if hasattr(runner, attribute):
+            return getattr(runner, attribute)
+    raise LookupError(f"{type(runner).__name__} has none of {', '.join(attributes)}")
+
+
+def _spec_names(runner: Any) -> set[str]:
+    groups = getattr(getattr(runner, "kv_cache_config", None), "kv_cache_groups", None) or ()
+    return {type(group.kv_cache_spec).__name__ for group in groups}
+
+
+def _drop_tensors(worker: Any, outcome: _Outcome) -> None:
+    """Let go of the tensors, and see that the memory went back to the system.
+
+    Raises:
+        KVCacheHeldError: it did not, since somebody still holds a tensor.
+    """
+    survivors = worker._ascend_safe_survivors = kv_aliases.drop(worker.model_runner)
+    if survivors.bytes():
+        raise KVCacheHeldError(_held(survivors))
+    _give_back(worker, outcome)
+
+
+def _held(survivors: kv_aliases.Survivors) -> str:
+    return (
+        f"{survivors.bytes()} bytes of the KV cache are still held after every known reference to them was reset, by "
+        f"{', '.join(survivors.holders()) or 'something that Python does not see'}; set "
+        "actor_rollout_ref.rollout.engine_kwargs.ascend_safe.kv_rung=keep, and report this with your versions"
+    )
 
 
 def _make_tensors(worker: Any) -> None:
     """Make the KV tensors again, from the configuration that the runner kept, and bind them to the layers."""
     from vllm.config import set_current_vllm_config
 
+    survivors: kv_aliases.Survivors | None = getattr(worker, "_ascend_safe_survivors", None)
+    if survivors is not None and survivors.bytes():
+        raise KVCacheHeldError(_held(survivors))
     runner = worker.model_runner
-    arguments = [runner.kv_cache_config]
-    # One argument until vLLM 0.11, and in vllm-ascend; the kernel block sizes as a second from 0.13 on.
-    if len(inspect.signature(runner.initialize_kv_cache_tensors).parameters) > 1:
-        arguments.append(runner._kernel_block_sizes)
+    make = _maker(runner)
     for attempt in ("first", "after collecting garbage"):
         try:
             with set_current_vllm_config(runner.vllm_config):
-                runner.initialize_kv_cache_tensors(*arguments)
+                make()
             break
         except (RuntimeError, MemoryError) as error:
             # torch raises a RuntimeError (OutOfMemoryError on an accelerator) when an allocation fails.
             if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
                 raise
-            _drop_tensors(worker)
+            kv_aliases.drop(runner)
             if attempt != "first":
-                raise KVCacheMemoryError(_out_of_memory(worker, runner.kv_cache_config)) from error
+                raise KVCacheMemoryError(_out_of_memory(worker, runner.kv_cache_config, error)) from error
+        # Outside of the handler, whose traceback holds the tensors that were made before memory ran out.
+        gc.collect()
+        _empty_allocator(worker)
     if getattr(runner.kv_cache_config, "needs_kv_cache_zeroing", False) and hasattr(runner, "_init_kv_zero_meta"):
         # The block zeroer has the tensors' addresses (vllm 0.28, gpu_worker.py:692).
         runner._init_kv_zero_meta()
 
 
-def _out_of_memory(worker: Any, kv_cache_config: Any) -> str:
+def _out_of_memory(worker: Any, kv_cache_config: Any, error: BaseException) -> str:
     wanted = sum(getattr(tensor, "size", 0) for tensor in getattr(kv_cache_config, "kv_cache_tensors", ()))
     available, total = _memory(worker)
+    allocator = " ".join(str(error).split())[:300]
     return (
         f"There is no room to make the KV cache again: it takes {wanted / 2**30:.2f} GiB, and {available / 2**30:.2f} "
-        f"of {total / 2**30:.2f} GiB are available; lower actor_rollout_ref.rollout.gpu_memory_utilization, or offload "
-        "the trainer's parameters and optimizer before generation"
+        f"of {total / 2**30:.2f} GiB are available (the allocator: {allocator}); lower "
+        "actor_rollout_ref.rollout.gpu_memory_utilization (on a CPU engine_kwargs.vllm.kv_cache_memory_bytes), or "
+        "offload the trainer's parameters and optimizer before generation"
     )
 
 
@@ -260,44 +364,41 @@ def _sleep_mode(worker: Any) -> bool:
     return bool(getattr(config, "enable_sleep_mode", False))
 
 
-def _forward_context(runner: Any) -> dict[str, Any] | None:
-    """The layers by name; filled when the model is made, in eager mode as well (vLLM 0.11 to 0.28)."""
-    compilation = getattr(getattr(runner, "vllm_config", None), "compilation_config", None)
-    return getattr(compilation, "static_forward_context", None)
+def _on_cpu(worker: Any) -> bool:
+    device = getattr(worker, "device", None)
+    return device is None or device.type == "cpu"
 
 
-def _kv_tensors(worker: Any) -> Iterator[torch.Tensor]:
-    runner = worker.model_runner
-    yield from _tensors_in(getattr(runner, "kv_caches", ()))
-    for layer in (_forward_context(runner) or {}).values():
-        yield from _tensors_in(getattr(layer, "kv_cache", ()))
+def _give_back(worker: Any, outcome: _Outcome) -> None:
+    """Hand freed memory back to the system, where it has not gone by itself."""
+    # glibc maps a large block by itself and unmaps it when it is freed.  Small ones, and another allocator (vLLM
+    # advises tcmalloc on a CPU), may stay with the process: then the heap is trimmed, which takes its time.
+    if _on_cpu(worker) and outcome.rss_before - _resident() >= 0.99 * outcome.bytes_before:
+        return
+    _empty_allocator(worker)
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, dict)):
-        for item in value:
-            yield from _tensors_in(item)
-
-
-def _collect(worker: Any) -> None:
-    """Hand freed memory back to the system."""
-    gc.collect()
-    if worker.device is None or worker.device.type == "cpu":
-        # glibc keeps small freed blocks; large ones were mapped and are gone already.
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-    else:
+def _empty_allocator(worker: Any) -> None:
+    if not _on_cpu(worker):
         # torch.accelerator has no empty_cache before torch 2.9, which vllm-ascend 0.11 and 0.13 are older than.
         device_module = torch.get_device_module(worker.device)
         device_module.synchronize()
         device_module.empty_cache()
+        return
+    process = ctypes.CDLL(None)
+    # The first is tcmalloc's, and there only where it is preloaded; the second glibc's.
+    for name, arguments in (("MallocExtension_ReleaseFreeMemory", ()), ("malloc_trim", (0,))):
+        with contextlib.suppress(AttributeError):
+            getattr(process, name)(*arguments)
+
+
+def _resident() -> int:
+    return int(psutil.Process().memory_info().rss)
 
 
 def device_used(worker: Any) -> int:
     """Bytes in use on the worker's device, by whomever; 0 on a CPU."""
-    if worker.device is None or worker.device.type == "cpu":
+    if _on_cpu(worker):
         return 0
     available, total = _memory(worker)
     return total - available
@@ -305,7 +406,7 @@ def device_used(worker: Any) -> int:
 
 def _memory(worker: Any) -> tuple[int, int]:
     """Bytes available, and in all, where the KV cache lives."""
-    if worker.device is None or worker.device.type == "cpu":
+    if _on_cpu(worker):
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)
     available, total = torch.get_device_module(worker.device).mem_get_info()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from verl_ascend_rollout import events
+from verl_ascend_rollout import answers, events
 from verl_ascend_rollout.worker import kv_cache
 from verl_ascend_rollout.worker.weights import bracket, moe
 from verl_ascend_rollout.worker.weights.plan import Plan
@@ -56,6 +56,18 @@ class AscendSafeLifecycle:
             "model_runner": type(self.model_runner).__name__,
         }
 
+    def ascend_safe_answer(self, method: str, keywords: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Call `method` and answer with its result or its error, never with an exception (see `answers`).
+
+        Args:
+            method: the name of a method of this worker.
+            keywords: its arguments.
+
+        Returns:
+            What `answers.values` takes.
+        """
+        return answers.answer(lambda: getattr(self, method)(**(keywords or {})), method)
+
     def free_cache_engine(self) -> dict[str, Any]:
         """Give the KV cache's memory back to the system.
 
@@ -63,6 +75,9 @@ class AscendSafeLifecycle:
 
         Returns:
             The `KVCacheChange` as a mapping: `rung`, `changed`, bytes and resident memory before and after, `seconds`.
+
+        Raises:
+            KVCacheHeldError: somebody else holds the KV tensors.
         """
         return self._ascend_safe_kv_step("free")
 
@@ -74,6 +89,7 @@ class AscendSafeLifecycle:
 
         Raises:
             KVCacheMemoryError: the memory is not there.
+            KVCacheHeldError: the old cache was not let go of.
         """
         return self._ascend_safe_kv_step("init")
 
@@ -83,14 +99,20 @@ class AscendSafeLifecycle:
             return []
         return moe.settle(bracket.unwrapped(self.model_runner))
 
-    def ascend_safe_memory(self) -> dict[str, int]:
+    def ascend_safe_memory(self, kv_asleep: bool | None = None) -> dict[str, int]:
         """Bytes that the KV tensors hold, what is used of the device, and the process's resident memory.
+
+        Args:
+            kv_asleep: said by a caller that has just put the KV cache to sleep, or woken it, through vLLM itself:
+                sleep mode leaves the tensors as they are.
 
         Returns:
             `kv_bytes`, `device_used` (of the whole device, by the driver's count; 0 on a CPU), `rss`, `pid`.
         """
         import psutil
 
+        if kv_asleep is not None:
+            self._ascend_safe_kv_asleep = kv_asleep
         return {
             "kv_bytes": kv_cache.kv_bytes(self),
             "device_used": kv_cache.device_used(self),

@@ -102,21 +102,21 @@ VLLM: tuple[Claim, ...] = (
         "vllm.static-forward-context",
         (Defines("vllm/config/compilation.py", "CompilationConfig.static_forward_context"),),
         "names every layer that has a KV cache",
-        "worker/kv_cache.py",
+        "worker/kv_aliases.py",
         NO_DIRECT,
     ),
     Claim(
         "vllm.layer-kv-cache",
         (Assigns(ATTENTION, "Attention", "kv_cache"), Assigns(OLD_ATTENTION, "Attention", "kv_cache")),
         "the alias of a KV tensor in each attention layer",
-        "worker/kv_cache.py",
+        "worker/kv_aliases.py",
         "a forgotten alias keeps the KV memory, or is read instead of the new cache",
     ),
     Claim(
         "vllm.layer-impl",
         (Assigns(ATTENTION, "Attention", "impl"), Assigns(OLD_ATTENTION, "Attention", "impl")),
         "where vllm-ascend keeps further aliases of the KV tensors",
-        "worker/kv_cache.py",
+        "worker/kv_aliases.py",
         "a forgotten alias keeps the KV memory, or is read instead of the new cache",
     ),
     Claim(
@@ -443,7 +443,7 @@ ASCEND: tuple[Claim, ...] = (
         "vllm-ascend.key-cache-alias",
         (Uses("vllm_ascend/attention/attention_v1.py", "key_cache"),),
         "a view of the KV tensor that attention keeps, and that a free has to drop",
-        "worker/kv_cache.py",
+        "worker/kv_aliases.py",
         "if the alias has another name now, a free keeps the memory",
     ),
     Claim(

@@ -1,0 +1,63 @@
+"""An error in a worker is an answer like any other, and whoever asked raises it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from verl_ascend_rollout import answers
+from verl_ascend_rollout.server import workers
+
+
+def boom() -> None:
+    raise KeyError("layer 3")
+
+
+def test_values_and_errors_come_back() -> None:
+    assert answers.values("ask", [answers.answer(lambda: 7, "ask"), answers.answer(lambda: None, "ask")]) == [7, None]
+
+
+def test_every_failure_is_in_one_message() -> None:
+    replies = [answers.answer(boom, "init"), answers.answer(lambda: 1, "init"), answers.answer(boom, "init")]
+    with pytest.raises(answers.WorkerError, match=r"^init failed: worker 0: KeyError: 'layer 3'; worker 2: KeyError"):
+        answers.values("init", replies)
+
+
+def test_the_only_worker_is_not_counted() -> None:
+    with pytest.raises(answers.WorkerError, match=r"^init failed: KeyError: 'layer 3'$"):
+        answers.values("init", [answers.answer(boom, "init")])
+
+
+def ask(engine: Any) -> list[Any]:
+    return asyncio.run(workers.ask(engine, "ascend_safe_memory", {"kv_asleep": True}, 5.0))
+
+
+def test_one_shard_is_asked_through_vllm() -> None:
+    asked: list[Any] = []
+
+    async def collective_rpc(method: str, timeout: float, args: tuple[Any, ...]) -> list[Any]:
+        asked.append((method, timeout, args))
+        return [answers.answer(lambda: "first", "ask")]
+
+    core = SimpleNamespace(core_engines=["one"])
+    assert ask(SimpleNamespace(collective_rpc=collective_rpc, engine_core=core)) == ["first"]
+    assert asked == [("ascend_safe_answer", 5.0, ("ascend_safe_memory", {"kv_asleep": True}))]
+
+
+def test_an_error_on_the_second_shard_is_not_lost() -> None:
+    """vLLM's own collective_rpc returns the first shard's answers alone."""
+
+    async def call(method: str, *arguments: Any, engine: str) -> list[Any]:
+        assert (method, *arguments) == (
+            "collective_rpc", "ascend_safe_answer", 5.0, ("ascend_safe_memory", {"kv_asleep": True}), {},
+        )  # fmt: skip
+        return [answers.answer(boom if engine == "two" else lambda: engine, "ask")]
+
+    core = SimpleNamespace(core_engines=["one", "two"], _call_utility_async=call)
+    with pytest.raises(answers.WorkerError, match="worker 1: KeyError: 'layer 3'"):
+        ask(SimpleNamespace(engine_core=core))
+    core.core_engines = ["one", "three"]
+    assert ask(SimpleNamespace(engine_core=core)) == ["one", "three"]
