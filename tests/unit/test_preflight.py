@@ -93,7 +93,10 @@ ROLLOUT = "actor_rollout_ref__rollout"
     [
         (
             {f"{ROLLOUT}__engine_kwargs__ascend_safe": {"verfy": "off"}},
-            ["unknown option 'verfy' (did you mean 'verify'?)", "events, kv_rung, on_unsafe, sync_timeout, verify"],
+            [
+                "unknown option 'verfy' (did you mean 'verify'?)",
+                "events, kv_rung, on_unsafe, parity, sync_timeout, verify, weight_path",
+            ],
         ),
         ({f"{ROLLOUT}__engine_kwargs__ascend_safe": {"verify": "no"}}, ["verify='no'", "first, always, off"]),
         ({"actor_rollout_ref__model__path": None}, ["actor_rollout_ref.model.path is empty"]),

@@ -53,7 +53,6 @@ CPU_RUNNER = "vllm/v1/worker/cpu_model_runner.py"
 ATTENTION = "vllm/model_executor/layers/attention/attention.py"
 OLD_ATTENTION = "vllm/attention/layer.py"
 MOE = "vllm/model_executor/layers/fused_moe"
-LAYERWISE = "vllm/model_executor/model_loader/reload/layerwise.py"
 
 NO_DIRECT = "the KV cache of an engine without sleep mode is not freed"
 NO_SYNC = "the second weight sync fails or is wrong"
@@ -217,32 +216,25 @@ VLLM: tuple[Claim, ...] = (
         "vllm.qwen2-moe",
         (Uses("vllm/model_executor/models/qwen2_moe.py", "load_weights", "Qwen2MoeForCausalLM"),),
         "the model of the recipes",
-        "worker/weights/in_place.py",
+        "worker/weights/by_loader.py",
         "the recipes' model cannot be loaded",
         "medium",
     ),
     Claim(
-        "vllm.layerwise-reload",
-        (Defines(LAYERWISE, "initialize_layerwise_reload", ("model",)),),
-        "rebuilds repacked weights one layer at a time",
-        "worker/weights/layerwise.py",
+        "vllm.moe-kernel",
+        (Uses(f"{MOE}/unquantized_fused_moe_method.py", "moe_kernel", "UnquantizedFusedMoEMethod"),),
+        "experts are packed anew only once their method has no kernel",
+        "worker/weights/staging.py",
         NO_SYNC,
         only=("cpu",),
     ),
     Claim(
-        "vllm.layerwise-finalize",
-        (Defines(LAYERWISE, "finalize_layerwise_reload"),),
-        "ends a layerwise reload",
-        "worker/weights/layerwise.py",
-        NO_SYNC,
-        only=("cpu",),
-    ),
-    Claim(
-        "vllm.layerwise-info",
-        (Uses(LAYERWISE, "get_layerwise_info"),),
-        "tells which layers a partial reload has left open",
-        "worker/weights/layerwise.py",
-        NO_SYNC,
+        "vllm.prepack-moe",
+        (Uses("vllm/_custom_ops.py", "prepack_moe_weight", "cpu_prepack_moe_weight"),),
+        "packs experts for a CPU's kernels, a region at a time",
+        "worker/weights/prepack.py",
+        "every weight sync rebuilds whole layers of experts",
+        "low",
         only=("cpu",),
     ),
     Claim(
@@ -258,7 +250,6 @@ SERVER = "verl/workers/rollout/vllm_rollout/vllm_async_server.py"
 EXTENSION = "verl/workers/rollout/vllm_rollout/utils.py"
 ADAPTER = "verl/workers/rollout/vllm_rollout/vllm_rollout.py"
 BUCKETS = "verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py"
-UPDATES = "verl/workers/rollout/vllm_rollout/weight_update_utils.py"
 PLATFORM = "verl/plugin/platform/platform_manager.py"
 
 NO_START = "the rollout server does not start"
@@ -298,7 +289,6 @@ VERL: tuple[Claim, ...] = (
         "_resolve_sleep_level", "the policy decides the sleep level", lost="level 2 may be used where it loses weights"
     ),
     _server("_get_worker_extension_cls", "our worker extension is named"),
-    _server("_get_engine_kwargs_key", "where a user's engine arguments are"),
     _server("run_server", "workers are configured when the engine is up", "args"),
     _server("sleep", "memory is given back for training"),
     _server("wake_up", "memory is taken again, by tag", "tags"),
@@ -371,14 +361,6 @@ VERL: tuple[Claim, ...] = (
         "sends weights by verl's own transport, watching the receiver",
         "trainer/weight_sender.py",
         "a weight sync by verl's transport fails",
-    ),
-    Claim(
-        "verl.buffer-updates",
-        (Defines(UPDATES, "split_buffer_updates"),),
-        "buffers are updated beside the parameters",
-        "worker/weights/layerwise.py",
-        NO_SYNC,
-        only=("npu", "cpu"),
     ),
     Claim(
         "verl.async-iterator",
@@ -472,7 +454,7 @@ ASCEND: tuple[Claim, ...] = (
             Uses("vllm_ascend/ascend_config.py", "weight_nz_mode"),
         ),
         "keeps weights out of NZ layout, which a weight sync cannot write",
-        "policy.py",
+        "policy_npu.py",
         "weights may be in NZ layout, and wake_up refuses them",
     ),
     Claim(
