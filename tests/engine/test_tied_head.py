@@ -35,15 +35,20 @@ def folder(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def synced(folder: Path) -> dict[str, Any]:
-    return in_a_process(["tied_engine.py", folder], folder / "synced.json")
+def settings(folder: Path) -> Path:
+    sampling = {**SAMPLING, "logprobs": 0, "prompt_logprobs": 0}
+    written = folder / "settings.json"
+    written.write_text(json.dumps({"engine": ENGINE, "sampling": sampling, "prompts": PROMPTS}))
+    return written
 
 
 @pytest.fixture(scope="module")
-def answer_of(folder: Path) -> Callable[[str], Any]:
-    sampling = {**SAMPLING, "logprobs": 0, "prompt_logprobs": 0}
-    settings = folder / "settings.json"
-    settings.write_text(json.dumps({"engine": ENGINE, "sampling": sampling, "prompts": PROMPTS}))
+def synced(folder: Path, settings: Path) -> dict[str, Any]:
+    return in_a_process(["tied_engine.py", folder, settings], folder / "synced.json")
+
+
+@pytest.fixture(scope="module")
+def answer_of(folder: Path, settings: Path) -> Callable[[str], Any]:
     return lambda which: in_a_process(["fresh_engine.py", folder / which, settings], folder / f"{which}.json")["fresh"]
 
 

@@ -1,4 +1,4 @@
-"""A CPU engine whose head is tied to its embedding, synced in several ways:  tied_engine.py FOLDER OUT.json
+"""A CPU engine whose head is tied to its embedding, synced in several ways:  tied_engine.py FOLDER SETTINGS.json OUT.json
 
 FOLDER holds the checkpoints `old` and `new` of one tied model, of which each file has the embedding only and one tensor
 an expert.  Written: for each way of sending `new` what the engine answers after it, or the error.
@@ -16,7 +16,6 @@ from typing import Any
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 import torch
-from conftest import ENGINE, PROMPTS, SAMPLING
 
 NamedTensor = tuple[str, torch.Tensor]
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -40,12 +39,13 @@ def merged(tensors: dict[str, torch.Tensor]) -> Iterator[NamedTensor]:
             yield f"{before}{found}down_proj", down
 
 
-def main(folder: Path, out: Path) -> None:
+def main(folder: Path, settings_file: Path, out: Path) -> None:
     from safetensors.torch import load_file
     from vllm import LLM, SamplingParams
 
+    settings = json.loads(settings_file.read_text())
     extension = "verl_ascend_rollout.worker.lifecycle.AscendSafeLifecycle"
-    engine = LLM(str(folder / "old"), worker_extension_cls=extension, **ENGINE)
+    engine = LLM(str(folder / "old"), worker_extension_cls=extension, **settings["engine"])
     engine.collective_rpc(
         "ascend_safe_configure", kwargs={"kv_rung": "auto", "weight_path": "by_layout", "verify": "always"}
     )
@@ -69,7 +69,7 @@ def main(folder: Path, out: Path) -> None:
         worker._ascend_safe_reload(receive)
         engine.reset_prefix_cache()
 
-    sampling = SamplingParams(**{**SAMPLING, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False})
+    sampling = SamplingParams(**settings["sampling"], detokenize=False)
     found: dict[str, Any] = {}
     for way, tensors in ways.items():
         sync(list(old.items()))
@@ -79,7 +79,7 @@ def main(folder: Path, out: Path) -> None:
             found[way] = str(error)
             continue
         answers = []
-        for prompt in PROMPTS:
+        for prompt in settings["prompts"]:
             (output,) = engine.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
             tokens = list(output.outputs[0].token_ids)
             steps = zip(output.outputs[0].logprobs, tokens, strict=True)
@@ -90,4 +90,4 @@ def main(folder: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:4]))

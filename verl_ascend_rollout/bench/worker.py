@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,23 +55,26 @@ class BenchWorker(AscendSafeLifecycle):
             for target, (_, tensor) in zip(targets, self._bench_weights, strict=True):
                 target.copy_(tensor)
 
-        return self._bench_measure([copy] * repeats)
+        return self._bench_measure(copy, repeats)
 
     def bench_ours(self, repeats: int, verify: str) -> list[dict[str, Any]]:
-        """Our bracket: the first sync of a new plan, then `repeats` later ones.
+        """Our bracket: a sync without a plan, then `repeats` along the plan that it left.
 
         Returns:
-            Two measurements: the first, and the later ones.
+            Two measurements: first syncs, and later ones.
         """
-        self._ascend_safe_plan = Plan()
         self._ascend_safe_syncs = 1 if verify == "first" else 0
         self._ascend_safe_verify = verify
-        first = self._bench_measure([self._bench_sync])
-        return [first, self._bench_measure([self._bench_sync] * repeats)]
+
+        def first() -> None:
+            self._ascend_safe_plan = Plan()
+            self._bench_sync()
+
+        return [self._bench_measure(first, 1), self._bench_measure(self._bench_sync, repeats)]
 
     def bench_vllm_reload(self) -> dict[str, Any]:
         """vLLM's own `reload_weights`, fed with the same tensors."""
-        return self._bench_measure([lambda: self.model_runner.reload_weights(weights_iterator=self._bench_stream())])
+        return self._bench_measure(lambda: self.model_runner.reload_weights(weights_iterator=self._bench_stream()), 1)
 
     def bench_verl(self) -> dict[str, Any]:
         """What verl 0.9.1's worker extension does with one full set of weights (vllm_rollout/utils.py, by name)."""
@@ -86,7 +88,7 @@ class BenchWorker(AscendSafeLifecycle):
             model.load_weights(self._bench_stream())
             process_weights_after_loading(model, self.model_runner.vllm_config.model_config, self._bench_device())
 
-        return self._bench_measure([load])
+        return self._bench_measure(load, 1)
 
     # ------------------------------------------------------------------------------------------------------------
 
@@ -99,31 +101,35 @@ class BenchWorker(AscendSafeLifecycle):
     def _bench_device(self) -> torch.device:
         return getattr(self, "device", None) or torch.device("cpu")
 
-    def _bench_measure(self, runs: list[Callable[[], None]]) -> dict[str, Any]:
-        """Run each; the median of the seconds, and the most memory beyond what there was before."""
+    def _bench_measure(self, run: Callable[[], None], repeats: int) -> dict[str, Any]:
+        """The median of the seconds, and the most memory beyond what there was before: in one more run, since what is
+        done to see it makes a run slower."""
         device = self._bench_device()
-        seconds = []
-        peak: int | None = 0
-        error = None
-        for run in runs:
-            gc.collect()
+        seconds: list[float] = []
+        try:
+            for _ in range(repeats):
+                started = time.perf_counter()
+                self._bench_run(run)
+                seconds.append(time.perf_counter() - started)
             before = _reset_peak(device)
-            started = time.perf_counter()
-            try:
-                with torch.no_grad():
-                    run()
-                _synchronize(device)
-            except Exception as failure:
-                error = f"{type(failure).__name__}: {first_line(failure)}"
-                break
-            seconds.append(time.perf_counter() - started)
+            self._bench_run(run)
             after = _peak(device)
-            if peak is None or after is None or before is None:
-                peak = None
-            else:
-                peak = max(peak, after - before)
-        middle = sorted(seconds)[len(seconds) // 2] if seconds else None
-        return {"seconds": middle, "peak_extra_bytes": peak if error is None else None, "error": error}
+        except Exception as failure:
+            return {
+                "seconds": None,
+                "peak_extra_bytes": None,
+                "error": f"{type(failure).__name__}: {first_line(failure)}",
+            }
+        return {
+            "seconds": sorted(seconds)[len(seconds) // 2],
+            "peak_extra_bytes": after - before if after is not None and before is not None else None,
+            "error": None,
+        }
+
+    def _bench_run(self, run: Callable[[], None]) -> None:
+        with torch.no_grad():
+            run()
+        _synchronize(self._bench_device())
 
 
 def _device_name(device: torch.device) -> str:

@@ -137,7 +137,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
             time.perf_counter() - started,
             {"decisions": self._decisions.as_dicts(), "rung": self._rung, "workers": reports},
         )
-        if self._facts.name == "cpu":
+        if self._facts.name in ("cpu", "npu"):
             _unlink_message_queues()
         if self._rung == "keep" and self.config.free_cache_engine:
             self._say_unsafe(obstacles)

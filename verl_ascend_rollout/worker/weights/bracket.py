@@ -28,8 +28,8 @@ from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 NamedTensor = tuple[str, torch.Tensor]
 Loader = Callable[[Iterable[NamedTensor]], None]
 
-BATCH_BYTES = 16 * 2**20
-"""How much is loaded at once, as much as one bucket of our transport."""
+BATCH_BYTES = 64 * 2**20
+"""How much is loaded at once: a model's loader looks through all of its parameters each time that it is called."""
 
 
 @contextmanager

@@ -23,6 +23,9 @@ import torch
 from verl_ascend_rollout.worker.weights import prepack
 from verl_ascend_rollout.worker.weights.layout import LayerRecord, WeightRecord, recorded_layers
 
+HUGE_PAGE = 2 * 2**20
+"""Bytes: from which size on a mapping can have one."""
+
 
 @dataclass
 class StagedLayer:
@@ -183,6 +186,10 @@ def _empty(weight: WeightRecord) -> torch.nn.Parameter:
     elements = _elements(weight)
     # A mapping cannot be empty.
     memory = mmap.mmap(-1, max(elements, 1) * weight.dtype.itemsize)
+    if len(memory) >= HUGE_PAGE:
+        with suppress(OSError):
+            # A page fault for each 4 KiB would take as long as the copy.
+            memory.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(memory, dtype=weight.dtype, count=max(elements, 1))[:elements].view(weight.shape)
     parameter: torch.nn.Parameter = torch.Tensor._make_subclass(weight.parameter_class, data, False)
     parameter.__dict__.update(weight.attributes)
