@@ -1,4 +1,4 @@
-"""A CPU engine whose head is tied to its embedding, synced in several ways: tied_engine.py FOLDER SETTINGS.json OUT.json
+"""A CPU engine whose head is tied to its embedding, synced in several ways: tied_engine.py FOLDER SETTINGS OUT.json
 
 FOLDER holds the checkpoints `old` and `new` of one tied model, of which each file has the embedding only and one tensor
 an expert.  Written: for each way of sending `new` what the engine answers after it, or the error.
