@@ -201,7 +201,7 @@ def _copy_all(batch: _Batch) -> None:
         _pack(batch.packs)
         return
     # The kernel's own threads share out experts, and here each call has one.
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         list(pool.map(_pack, (batch.packs[number::threads] for number in range(threads))))
 
 
