@@ -8,10 +8,10 @@ embedding's name, and the other has to be the same.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-import xxhash
 
 NamedTensor = tuple[str, torch.Tensor]
 
@@ -55,7 +55,8 @@ def once(
         if first not in tied:
             yield name, tensor
             continue
-        checksum = xxhash.xxh3_128_hexdigest(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
+        content = tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy()
+        checksum = hashlib.blake2b(content.data, digest_size=16).hexdigest()
         if first not in arrived:
             arrived[first] = checksum
             yield first, tensor
