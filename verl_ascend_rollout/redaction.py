@@ -80,7 +80,6 @@ _PUBLIC_HOSTS = (
     "huggingface.co",
     "hf.co",
     "modelscope.cn",
-    "pypi.org",
     "python.org",
     "pytorch.org",
     "vllm.ai",
