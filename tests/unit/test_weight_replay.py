@@ -214,6 +214,16 @@ def test_a_failed_sync_leaves_the_kernels_parameters_in_place() -> None:
     assert torch.equal(model.experts.packed_w2_weight.flip(0)[: HIDDEN * INTERMEDIATE], tensors["0.w2"].flatten())
 
 
+def test_without_verification_a_layer_that_never_came_keeps_what_it_had() -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE, reverse), Plan()
+    sync(model, checkpoint(HIDDEN, INTERMEDIATE, 0).items(), plan)
+    before = model.experts.packed_w2_weight.clone()
+    for fresh_plan in (plan, Plan()):
+        sync(model, [("gate", checkpoint(HIDDEN, INTERMEDIATE, 1)["gate"])], fresh_plan, complete=False, finite=False)
+        assert torch.equal(model.experts.packed_w2_weight, before)
+        assert model.experts.w2_weight.numel() == 0
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # experts that vLLM's CPU kernels pack
 

@@ -134,7 +134,7 @@ def _derived_beside_transposed(model: torch.nn.Module) -> list[str]:
 def _derive_again(model: torch.nn.Module, model_config: Any, staging: Staging) -> None:
     """Bring what layers keep beside their weights up to date, at the same addresses where there were any."""
     for _, layer, found in recorded_layers(model):
-        if found.derived and not staging.is_processed(layer):
+        if found.derived and not staging.has(layer):
             _process_again(layer, found)
     for attention in _attention_layers(model):
         # Absorbed projections of MLA, scales; the last step of vLLM's own processing (model_loader/utils.py).

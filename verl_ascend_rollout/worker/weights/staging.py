@@ -36,6 +36,7 @@ class StagedLayer:
         kernel: the parameters that its kernels had, by name, where others stand in for them now.
         missing: for each of its parameters the elements that have not come yet.
         processed: whether it has been rebuilt from what came.
+        touched: whether anything has come.
     """
 
     prefix: str
@@ -44,6 +45,7 @@ class StagedLayer:
     kernel: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     processed: bool = False
+    touched: bool = False
 
     def present(self, direct: Callable[[str], bool]) -> None:
         """Put parameters in checkpoint form in place of the kernels', except for prepacked ones that are packed
@@ -59,6 +61,7 @@ class StagedLayer:
 
     def came(self, name: str, elements: int) -> bool:
         """Note that a part of a parameter has come; whether the layer is whole now."""
+        self.touched = True
         self.missing[name] -= elements
         return not self.processed and all(left <= 0 for left in self.missing.values())
 
@@ -132,7 +135,9 @@ class Staging:
         """Rebuild the layers that are not whole by count; for the end of a sync that was found to be complete: a
         vocabulary is padded, and nobody sends the padding."""
         for layer in self.layers:
-            self._process(layer)
+            # With verify: off, a layer of which nothing came keeps what it had.
+            if layer.touched or not layer.missing:
+                self._process(layer)
 
     def _process(self, layer: StagedLayer) -> None:
         if not layer.processed:
@@ -151,6 +156,10 @@ class Staging:
     def storages(self) -> set[int]:
         """The storages that are there for this sync only."""
         return {storage_of(getattr(layer.layer, name)) for layer in self.layers for name in layer.kernel}
+
+    def has(self, layer: torch.nn.Module) -> bool:
+        """Whether a layer is one of these, rebuilt or left as it was."""
+        return any(staged.layer is layer for staged in self.layers)
 
     def is_processed(self, layer: torch.nn.Module) -> bool:
         """Whether a layer has been rebuilt in this sync."""
