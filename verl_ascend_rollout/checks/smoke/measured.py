@@ -267,7 +267,7 @@ class Smoke:
             ReportError: it is another kind of report, or its facts are not these, or have numbers that cannot be.
         """
         if report.kind != "smoke":
-            raise ReportError(f"{name} is a {report.kind} report, and what is compared are reports of ascend-safe smoke")
+            raise ReportError(f"{name} is a {report.kind} report, and only reports of ascend-safe smoke are compared")
         try:
             return msgspec.convert(report.facts, cls)
         except msgspec.ValidationError as error:
