@@ -11,7 +11,8 @@ import pytest
 import torch
 from test_weight_layouts import EXPERTS, Method, Model, checkpoint, processed
 
-from verl_ascend_rollout.worker.weights import bracket, layout, prepack
+from verl_ascend_rollout.worker.weights import bracket, layout
+from verl_ascend_rollout.worker.weights.blocks import Blocks, Sample
 from verl_ascend_rollout.worker.weights.plan import Plan, Recorder, Region
 from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 
@@ -225,7 +226,7 @@ def test_without_verification_a_layer_that_never_came_keeps_what_it_had() -> Non
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# experts that vLLM's CPU kernels pack
+# experts that a CPU's kernels want in blocks
 
 
 ROWS, COLUMNS = 64, 96
@@ -251,28 +252,54 @@ class PackedExperts(torch.nn.Module):
     def pack(self, layer: Any) -> None:
         for name in ("w13_weight", "w2_weight"):
             setattr(layer, name, torch.nn.Parameter(pack_whole(getattr(layer, name).data, self.isa), False))
-        self.quant_method.moe_kernel = types.SimpleNamespace(fused_experts=types.SimpleNamespace(isa=self.isa))
+
+
+BLOCKS = {"vec": Blocks(16, 1), "amx": Blocks(16, 2)}
 
 
 @pytest.mark.parametrize("isa", ["vec", "amx"])
-def test_packed_experts_are_recognised_and_packed_region_by_region(isa: str) -> None:
+def test_packed_experts_are_recognised_and_written_region_by_region(isa: str) -> None:
     layer = PackedExperts(isa)
     layout.watch(layer)
     layer.quant_method.process_weights_after_loading(layer)
     found = layout.record(layer)
     assert found is not None
-    assert {name: (weight.layout, weight.isa) for name, weight in found.weights.items()} == {
-        "w13_weight": ("prepacked", isa),
-        "w2_weight": ("prepacked", isa),
+    assert {name: (weight.layout, weight.blocks) for name, weight in found.weights.items()} == {
+        "w13_weight": ("blocked", BLOCKS[isa]),
+        "w2_weight": ("blocked", BLOCKS[isa]),
     }
+    blocks = BLOCKS[isa]
     weight = torch.randn(4, 2 * ROWS, COLUMNS).bfloat16()
     regions = torch.empty_like(weight)
     for expert in range(4):
         for start in (0, ROWS):
             part = weight[expert, start : start + ROWS]
-            assert prepack.fits(tuple(part.shape), part.stride(), part.storage_offset(), tuple(weight.shape))
-            prepack.pack(part, regions[expert, start : start + ROWS], isa)
+            region = Region.of(part)
+            assert blocks.fits(region, tuple(weight.shape))
+            blocks.region(blocks.integers(regions), region).copy_(blocks.plain(part))
     assert torch.equal(regions, pack_whole(weight, isa))
+    whole = torch.empty_like(weight)
+    blocks.packed(whole).copy_(blocks.plain(weight))
+    assert torch.equal(whole, regions)
+
+
+def test_a_part_of_a_wider_tensor_is_written_into_blocks() -> None:
+    wide = torch.randn(ROWS, 2 * COLUMNS + 1).bfloat16()
+    blocks = Blocks(16, 2)
+    for part in (wide[:, :COLUMNS], wide[:, 1 : COLUMNS + 1], wide[:, COLUMNS : 2 * COLUMNS]):
+        packed = torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
+        blocks.packed(packed).copy_(blocks.plain(part))
+        assert torch.equal(packed.view(-1)[: 16 * 2].view(16, 2), part[:16, :2])
+        assert torch.equal(blocks.packed(packed), blocks.packed(packed.clone()).contiguous())
+        assert torch.equal(packed, pack_whole(part.contiguous()[None], "amx")[0])
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_blocks_that_cannot_be_told_apart_are_none(fill: float) -> None:
+    weight = torch.full((2, ROWS, COLUMNS), fill).bfloat16()
+    sample = Sample.of("w2_weight", weight)
+    assert sample is not None
+    assert sample.blocks_in(weight) is None
 
 
 def test_experts_that_are_packed_otherwise_are_repacked() -> None:
@@ -296,14 +323,18 @@ def test_experts_that_are_packed_otherwise_are_repacked() -> None:
         (Region((ROWS, COLUMNS), (COLUMNS, 1), 0), True),
         (Region((ROWS, COLUMNS), (COLUMNS, 1), ROWS * COLUMNS), True),
         (Region((2 * ROWS, COLUMNS), (COLUMNS, 1), 2 * ROWS * COLUMNS), True),
-        (Region((ROWS, COLUMNS), (COLUMNS, 1), 16 * COLUMNS), False),
+        (Region((ROWS, COLUMNS), (COLUMNS, 1), 16 * COLUMNS), True),
+        (Region((ROWS, COLUMNS), (COLUMNS, 1), 8 * COLUMNS), False),
+        (Region((ROWS + 8, COLUMNS), (COLUMNS, 1), 0), False),
+        (Region((2 * ROWS, COLUMNS), (COLUMNS, 1), ROWS * COLUMNS), False),
         (Region((ROWS, COLUMNS // 2), (COLUMNS, 1), 0), False),
-        (Region((ROWS // 2, COLUMNS), (COLUMNS, 1), 0), False),
-        (Region((4, 2 * ROWS, COLUMNS), (2 * ROWS * COLUMNS, COLUMNS, 1), 0), False),
+        (Region((ROWS // 2, COLUMNS), (COLUMNS, 1), 0), True),
+        (Region((4, 2 * ROWS, COLUMNS), (2 * ROWS * COLUMNS, COLUMNS, 1), 0), True),
+        (Region((2, ROWS, COLUMNS), (4 * ROWS * COLUMNS, COLUMNS, 1), 0), False),
     ],
 )
-def test_only_halves_and_wholes_of_an_expert_are_packed_alone(region: Region, fits: bool) -> None:
-    assert prepack.fits(region.size, region.stride, region.offset, (4, 2 * ROWS, COLUMNS)) is fits
+def test_only_whole_blocks_of_an_expert_are_written_directly(region: Region, fits: bool) -> None:
+    assert Blocks(16, 2).fits(region, (4, 2 * ROWS, COLUMNS)) is fits
 
 
 # --------------------------------------------------------------------------------------------------------------------

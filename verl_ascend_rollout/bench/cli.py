@@ -54,7 +54,13 @@ def _add_weights(what: Any) -> None:
     exact = weights.add_argument_group("exact widths, instead of --gib")
     for width in ("hidden", "moe-intermediate", "shared-intermediate", "vocabulary"):
         exact.add_argument(f"--{width}", type=positive, metavar="N")
-    weights.add_argument("--repeats", type=positive, default=5, metavar="N", help="later syncs; the median counts")
+    weights.add_argument(
+        "--repeats",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="syncs of each kind, each beside a plain copy; the median counts",
+    )
     weights.add_argument("--json", metavar="FILE", help="write the rows as JSON")
     weights.add_argument("--plot", metavar="FILE", help="draw them")
 

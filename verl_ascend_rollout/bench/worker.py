@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ class BenchWorker(AscendSafeLifecycle):
         for name, tensor in self._bench_weights:
             if name.endswith("norm.weight"):
                 tensor.fill_(1.0)
+        self._bench_targets = [torch.zeros_like(tensor) for _, tensor in self._bench_weights]
         return {
             "bytes": sum(tensor.nbytes for _, tensor in self._bench_weights),
             "tensors": len(self._bench_weights),
@@ -49,34 +51,32 @@ class BenchWorker(AscendSafeLifecycle):
 
     def bench_plain_copy(self, repeats: int) -> dict[str, Any]:
         """Copy the same bytes, tensor by tensor, into memory that has been used before."""
-        targets = [torch.zeros_like(tensor) for _, tensor in self._bench_weights]
+        return self._bench_measure(self._bench_copy, repeats)
 
-        def copy() -> None:
-            for target, (_, tensor) in zip(targets, self._bench_weights, strict=True):
-                target.copy_(tensor)
-
-        return self._bench_measure(copy, repeats)
-
-    def bench_ours(self, repeats: int, verify: str) -> list[dict[str, Any]]:
-        """Our bracket: a sync without a plan, then `repeats` along the plan that it left.
-
-        Returns:
-            Two measurements: first syncs, and later ones.
-        """
-        self._ascend_safe_syncs = 1 if verify == "first" else 0
-        self._ascend_safe_verify = verify
+    def bench_ours_first(self, repeats: int) -> dict[str, Any]:
+        """Our bracket without a plan: through the model's own loader."""
 
         def first() -> None:
             self._ascend_safe_plan = Plan()
             self._bench_sync()
 
-        return [self._bench_measure(first, 1), self._bench_measure(self._bench_sync, repeats)]
+        self._ascend_safe_syncs, self._ascend_safe_verify = 1, "first"
+        return self._bench_measure(first, repeats)
 
-    def bench_vllm_reload(self) -> dict[str, Any]:
+    def bench_ours_later(self, repeats: int, verify: str) -> dict[str, Any]:
+        """Our bracket along the plan that an earlier sync left."""
+        self._ascend_safe_syncs, self._ascend_safe_verify = 1, verify
+        return self._bench_measure(self._bench_sync, repeats)
+
+    def bench_vllm_reload(self, repeats: int) -> dict[str, Any]:
         """vLLM's own `reload_weights`, fed with the same tensors."""
-        return self._bench_measure(lambda: self.model_runner.reload_weights(weights_iterator=self._bench_stream()), 1)
 
-    def bench_verl(self) -> dict[str, Any]:
+        def reload() -> None:
+            self.model_runner.reload_weights(weights_iterator=self._bench_stream())
+
+        return self._bench_measure(reload, repeats)
+
+    def bench_verl(self, repeats: int) -> dict[str, Any]:
         """What verl 0.9.1's worker extension does with one full set of weights (vllm_rollout/utils.py, by name)."""
 
         def load() -> None:
@@ -88,7 +88,7 @@ class BenchWorker(AscendSafeLifecycle):
             model.load_weights(self._bench_stream())
             process_weights_after_loading(model, self.model_runner.vllm_config.model_config, self._bench_device())
 
-        return self._bench_measure(load, 1)
+        return self._bench_measure(load, repeats)
 
     # ------------------------------------------------------------------------------------------------------------
 
@@ -102,29 +102,42 @@ class BenchWorker(AscendSafeLifecycle):
         return getattr(self, "device", None) or torch.device("cpu")
 
     def _bench_measure(self, run: Callable[[], None], repeats: int) -> dict[str, Any]:
-        """The median of the seconds, and the most memory beyond what there was before: in one more run, since what is
-        done to see it makes a run slower."""
+        """The median of the seconds, each run right after a plain copy; the median of its ratio to that copy, since a
+        machine is not equally fast all the time; and the most memory beyond what there was before: in one more run,
+        since what is done to see it makes a run slower."""
         device = self._bench_device()
         seconds: list[float] = []
+        ratios: list[float] = []
         try:
             for _ in range(repeats):
-                started = time.perf_counter()
-                self._bench_run(run)
-                seconds.append(time.perf_counter() - started)
+                plain = self._bench_time(self._bench_copy)
+                seconds.append(self._bench_time(run))
+                ratios.append(seconds[-1] / plain)
             before = _reset_peak(device)
             self._bench_run(run)
             after = _peak(device)
         except Exception as failure:
             return {
                 "seconds": None,
+                "ratio": None,
                 "peak_extra_bytes": None,
                 "error": f"{type(failure).__name__}: {first_line(failure)}",
             }
         return {
-            "seconds": sorted(seconds)[len(seconds) // 2],
+            "seconds": statistics.median(seconds),
+            "ratio": statistics.median(ratios),
             "peak_extra_bytes": after - before if after is not None and before is not None else None,
             "error": None,
         }
+
+    def _bench_copy(self) -> None:
+        for target, (_, tensor) in zip(self._bench_targets, self._bench_weights, strict=True):
+            target.copy_(tensor)
+
+    def _bench_time(self, run: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        self._bench_run(run)
+        return time.perf_counter() - started
 
     def _bench_run(self, run: Callable[[], None]) -> None:
         with torch.no_grad():

@@ -231,8 +231,8 @@ VLLM: tuple[Claim, ...] = (
     Claim(
         "vllm.prepack-moe",
         (Uses("vllm/_custom_ops.py", "prepack_moe_weight", "cpu_prepack_moe_weight"),),
-        "packs experts for a CPU's kernels, a region at a time",
-        "worker/weights/prepack.py",
+        "packs experts for a CPU's kernels, in blocks in a tensor of the same shape",
+        "worker/weights/blocks.py",
         "every weight sync rebuilds whole layers of experts",
         "low",
         only=("cpu",),

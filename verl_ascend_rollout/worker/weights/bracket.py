@@ -1,10 +1,10 @@
 """One full weight sync of a model: present, load, check, restore and derive.
 
 For every kernel whose layouts were recorded (see `layout`).  `identity` and `transposed` weights are loaded in place,
-through views in checkpoint form over the kernels' own tensors; `prepacked` ones are packed into the kernel's tensor;
-layers with `repacked` ones are rebuilt one at a time (see `staging`).  The model's own `load_weights` does the loading
-in the first sync, so that tensor and expert parallelism, fused projections and tied weights are its business; later
-syncs repeat what it did (see `plan`, `replay`).  What a layer derives from its weights is derived again.
+through views in checkpoint form over the kernels' own tensors; `blocked` ones are copied into their blocks; layers with
+`repacked` ones are rebuilt one at a time (see `staging`).  The model's own `load_weights` does the loading in the first
+sync, so that tensor and expert parallelism, fused projections and tied weights are its business; later syncs repeat
+what it did (see `plan`, `replay`).  What a layer derives from its weights is derived again.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A layer's `process_weights_after_loading` may leave a weight as it came (`identity`), swap its last two axes
 (`transposed`: vllm-ascend's experts in every release from 0.11 on), pack it in blocks in a tensor of the same shape
-(`prepacked`: experts on a CPU, see `prepack`), or make something else of it that is no view of the checkpoint's form
+(`blocked`: experts on a CPU, see `blocks`), or make something else of it that is no view of the checkpoint's form
 (`repacked`: oneDNN, shuffles, FRACTAL_NZ).  What it did is found here by looking: a sample of the weight's elements is
 taken before and looked for after.  Shapes would not tell: with hidden == 2 * intermediate / tp
 the two forms of `w13_weight` have the same shape, and guessing by it is silently wrong (verl 0.8.0, npu_vllm_patch.py;
@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import torch
 
-from verl_ascend_rollout.worker.weights import prepack
+from verl_ascend_rollout.worker.weights.blocks import Blocks, Sample
 
-Layout = Literal["identity", "transposed", "prepacked", "repacked", "unknown"]
+Layout = Literal["identity", "transposed", "blocked", "repacked", "unknown"]
 
 RECORD = "_ascend_safe_layout"
 """The attribute of a layer that holds its LayerRecord."""
@@ -41,7 +41,7 @@ class WeightRecord:
         attributes: what vLLM had set on the parameter, `weight_loader` before all; vllm-ascend 0.11 to 0.26 makes new
             parameters without them.
         parameter_class: of the parameter; vLLM has classes of its own, with loading methods.
-        isa: of `prepacked` weights, the instruction set (see `prepack`).
+        blocks: of `blocked` weights, how they lie.
     """
 
     layout: Layout
@@ -49,7 +49,7 @@ class WeightRecord:
     dtype: torch.dtype
     attributes: Mapping[str, Any]
     parameter_class: type[torch.nn.Parameter] = torch.nn.Parameter
-    isa: str = ""
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _watch_method(method: Any) -> None:
         tensors = set(_tensors(layer))
         result = process(layer, *args, **kwargs)
         after = _tensors(layer)
-        weights = {name: look.record(layer, name, after.get(name)) for name, look in before.items()}
+        weights = {name: look.record(after.get(name)) for name, look in before.items()}
         if any(weight.layout == "repacked" for weight in weights.values()):
             # A layer is rebuilt as a whole, or not at all.
             weights = {name: _whole(weight) for name, weight in weights.items()}
@@ -142,7 +142,7 @@ def _watch_method(method: Any) -> None:
 
 
 def _whole(weight: WeightRecord) -> WeightRecord:
-    return dataclasses.replace(weight, layout="repacked", isa="") if weight.layout == "prepacked" else weight
+    return dataclasses.replace(weight, layout="repacked", blocks=None) if weight.layout == "blocked" else weight
 
 
 def _tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -166,7 +166,7 @@ class _Look:
     attributes: dict[str, Any]
     parameter_class: type[torch.nn.Parameter]
     device: str
-    experts: prepack.Sample | None
+    experts: Sample | None
 
     @classmethod
     def at(cls, name: str, weight: torch.nn.Parameter) -> _Look:
@@ -185,19 +185,19 @@ class _Look:
             attributes=dict(vars(weight)),
             parameter_class=type(weight),
             device=weight.device.type,
-            experts=prepack.Sample.of(name, weight),
+            experts=Sample.of(name, weight),
         )
 
-    def record(self, layer: torch.nn.Module, name: str, after: torch.Tensor | None) -> WeightRecord:
+    def record(self, after: torch.Tensor | None) -> WeightRecord:
         layout = self._layout(after)
-        isa = prepack.instruction_set(layer, name, self.experts, after) if layout == "repacked" else None
+        blocks = self.experts.blocks_in(after) if layout == "repacked" and self.experts is not None else None
         return WeightRecord(
-            layout="prepacked" if isa else layout,
+            layout="blocked" if blocks is not None else layout,
             shape=self.shape,
             dtype=self.dtype,
             attributes=self.attributes,
             parameter_class=self.parameter_class,
-            isa=isa or "",
+            blocks=blocks,
         )
 
     def _layout(self, after: torch.Tensor | None) -> Layout:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from verl_ascend_rollout.worker.weights import prepack
-from verl_ascend_rollout.worker.weights.layout import WeightRecord, recorded_layers
+from verl_ascend_rollout.worker.weights.blocks import Blocks
+from verl_ascend_rollout.worker.weights.layout import recorded_layers
 from verl_ascend_rollout.worker.weights.staging import storage_of
 
 logger = logging.getLogger("verl_ascend_rollout.worker")
@@ -87,14 +87,14 @@ class Plan:
         routes: by the name that the stream has for a tensor.
         targets: the parameters that are written to, by name, each with the elements that a whole sync writes into it.
         not_plain: tensors that the model's loader does more with than copy; with any, the plan is not replayed.
-        packed: prepacked parameters that are packed region by region, each with its instruction set.
+        packed: blocked parameters that are copied into directly, each with how it lies.
         asked_again: whether it has been said that tensors came that were not as written down.
     """
 
     routes: dict[str, Route] = field(default_factory=dict)
     targets: dict[str, int] = field(default_factory=dict)
     not_plain: dict[str, str] = field(default_factory=dict)
-    packed: dict[str, str] = field(default_factory=dict)
+    packed: dict[str, Blocks] = field(default_factory=dict)
     asked_again: bool = False
 
     @property
@@ -103,7 +103,7 @@ class Plan:
         return bool(self.routes) and not self.not_plain
 
     def packs_directly(self, parameter: str) -> bool:
-        """Whether a prepacked parameter is packed region by region: whether all that is written into it allows it."""
+        """Whether a blocked parameter is copied into directly: whether all that is written into it is whole blocks."""
         return parameter in self.packed
 
     def take(self, found: Plan, model: torch.nn.Module) -> None:
@@ -118,9 +118,9 @@ class Plan:
                 self.targets[copy.target] = self.targets.get(copy.target, 0) + copy.destination.elements
                 regions.setdefault(copy.target, []).append(copy.destination)
         self.packed = {
-            name: weight.isa
-            for name, weight in _prepacked(model)
-            if all(prepack.fits(part.size, part.stride, part.offset, weight.shape) for part in regions.get(name, ()))
+            name: blocks
+            for name, blocks, shape in _blocked(model)
+            if all(blocks.fits(region, shape) for region in regions.get(name, ()))
         }
         if self.not_plain and first:
             name, reason = next(iter(self.not_plain.items()))
@@ -137,11 +137,11 @@ class Plan:
         self.routes, self.targets, self.not_plain, self.packed = {}, {}, {}, {}
 
 
-def _prepacked(model: torch.nn.Module) -> Iterator[tuple[str, WeightRecord]]:
+def _blocked(model: torch.nn.Module) -> Iterator[tuple[str, Blocks, tuple[int, ...]]]:
     for prefix, _, record in recorded_layers(model):
         for name, weight in record.weights.items():
-            if weight.layout == "prepacked":
-                yield f"{prefix}.{name}", weight
+            if weight.blocks is not None:
+                yield f"{prefix}.{name}", weight.blocks, weight.shape
 
 
 _MUTABLE: dict[Any, bool] = {}

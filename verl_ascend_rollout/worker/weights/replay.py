@@ -1,18 +1,17 @@
 """A weight sync along the routes that an earlier one wrote down: copies, and nothing else.
 
-On a CPU, a weight that the kernel wants packed is packed straight out of the bucket into its place.
+On a CPU, experts that the kernel wants in blocks are copied straight out of the bucket into their blocks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from verl_ascend_rollout.worker.weights import prepack
+from verl_ascend_rollout.worker.weights.blocks import Blocks
 from verl_ascend_rollout.worker.weights.plan import Copy, NamedTensor, Plan, Recorder, Route, logger
 from verl_ascend_rollout.worker.weights.staging import Staging, storage_of
 from verl_ascend_rollout.worker.weights.verify import Manifest, differs, first_line
@@ -23,14 +22,23 @@ class _Target:
     """A parameter for the time of a sync.
 
     Attributes:
-        tensor: in checkpoint form, or packed.
-        isa: for which instruction set it is packed; empty where it is not.
+        tensor: in checkpoint form, or of blocks as `Blocks.integers` gives them.
+        dtype: of the parameter.
+        shape: of the parameter.
+        blocks: how it lies, where it is in blocks.
         storage: see `storage_of`.
     """
 
     tensor: torch.Tensor
-    isa: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    blocks: Blocks | None
     storage: int
+
+    @classmethod
+    def of(cls, parameter: torch.nn.Parameter, blocks: Blocks | None) -> _Target:
+        tensor = parameter.data if blocks is None else blocks.integers(parameter.data)
+        return cls(tensor, parameter.dtype, tuple(parameter.shape), blocks, storage_of(parameter))
 
 
 @dataclass
@@ -39,9 +47,7 @@ class _Batch:
 
     destinations: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
-    packs: list[tuple[torch.Tensor, torch.Tensor, str]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    pack_names: list[str] = field(default_factory=list)
 
 
 class ReplayPass:
@@ -62,8 +68,7 @@ class ReplayPass:
         self._staging = staging
         self._parameters = dict(model.named_parameters())
         self._targets = {
-            name: _Target(parameter.data, plan.packed.get(name, ""), storage_of(parameter))
-            for name, parameter in self._parameters.items()
+            name: _Target.of(parameter, plan.packed.get(name)) for name, parameter in self._parameters.items()
         }
         self._covered = dict.fromkeys(plan.targets, 0)
         self._asked: dict[str, Route] = {}
@@ -156,8 +161,8 @@ class ReplayPass:
         wrong = recorder.not_plain.get(name)
         if route is not None:
             for copy in route.copies:
-                target, part = self._targets[copy.target], copy.destination
-                if target.isa and not prepack.fits(part.size, part.stride, part.offset, tuple(target.tensor.shape)):
+                target = self._targets[copy.target]
+                if target.blocks is not None and not target.blocks.fits(copy.destination, target.shape):
                     wrong = f"a part of {copy.target} that cannot be packed alone"
         if wrong is not None or route is None:
             self._manifest.refuse(name, f"came otherwise than before, and its loader does {wrong}; sync again")
@@ -169,26 +174,20 @@ class ReplayPass:
         """Put a copy into the batch; the number of elements, and the storage that they go to."""
         target = self._targets[copy.target]
         source = tensor if copy.source is None else copy.source.in_tensor(tensor)
-        destination = copy.destination.in_tensor(target.tensor)
-        if target.isa:
-            source = source if source.dtype == destination.dtype else source.to(destination.dtype)
-            batch.packs.append((source, destination, target.isa))
-            batch.pack_names.append(name)
+        if target.blocks is not None:
+            source = source if source.dtype == target.dtype else source.to(target.dtype)
+            batch.destinations.append(target.blocks.region(target.tensor, copy.destination))
+            batch.sources.append(target.blocks.plain(source))
         else:
-            batch.destinations.append(destination)
+            batch.destinations.append(copy.destination.in_tensor(target.tensor))
             batch.sources.append(source)
-            batch.names.append(name)
-        return destination.numel(), target.storage
+        batch.names.append(name)
+        return copy.destination.elements, target.storage
 
     def _compare(self, batch: _Batch) -> None:
         """Read what was written back through the view that it was written through."""
         for name, destination, source in zip(batch.names, batch.destinations, batch.sources, strict=True):
             if differs(destination, source):
-                self._manifest.not_as_sent(name)
-        for name, (source, destination, isa) in zip(batch.pack_names, batch.packs, strict=True):
-            again = torch.empty(destination.shape, dtype=destination.dtype)
-            prepack.pack(source, again, isa)
-            if differs(destination, again):
                 self._manifest.not_as_sent(name)
 
 
@@ -196,15 +195,3 @@ def _copy_all(batch: _Batch) -> None:
     if batch.destinations:
         # One call for all: on a CPU a loop without Python, on CUDA one kernel for many copies.
         torch._foreach_copy_(batch.destinations, batch.sources)
-    threads = torch.get_num_threads()
-    if threads < 2 or len(batch.packs) < threads:
-        _pack(batch.packs)
-        return
-    # The kernel's own threads share out experts, and here each call has one.
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(_pack, (batch.packs[number::threads] for number in range(threads))))
-
-
-def _pack(packs: list[tuple[torch.Tensor, torch.Tensor, str]]) -> None:
-    for source, destination, isa in packs:
-        prepack.pack(source, destination, isa)

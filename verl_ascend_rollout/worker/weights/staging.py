@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 
-from verl_ascend_rollout.worker.weights import prepack
 from verl_ascend_rollout.worker.weights.layout import LayerRecord, WeightRecord, recorded_layers
 
 HUGE_PAGE = 2 * 2**20
@@ -48,13 +47,13 @@ class StagedLayer:
     touched: bool = False
 
     def present(self, direct: Callable[[str], bool]) -> None:
-        """Put parameters in checkpoint form in place of the kernels', except for prepacked ones that are packed
-        region by region: those that `direct` says yes to, by the name of the parameter."""
+        """Put parameters in checkpoint form in place of the kernels', except for blocked ones that are copied into
+        directly: those that `direct` says yes to, by the name of the parameter."""
         for name, weight in self.record.weights.items():
             parameter = getattr(self.layer, name, None)
             if not isinstance(parameter, torch.nn.Parameter):
                 continue
-            if weight.layout == "repacked" or (weight.layout == "prepacked" and not direct(f"{self.prefix}.{name}")):
+            if weight.layout == "repacked" or (weight.layout == "blocked" and not direct(f"{self.prefix}.{name}")):
                 self.kernel[name] = parameter
                 setattr(self.layer, name, _empty(weight))
             self.missing[name] = _elements(weight)
@@ -70,9 +69,11 @@ class StagedLayer:
         self.processed = True
         weights = self.record.weights
         staged = {name: getattr(self.layer, name) for name in self.kernel}
-        if any(weight.layout == "prepacked" for weight in weights.values()):
+        if any(weight.blocks is not None for weight in weights.values()):
             for name, kernel in self.kernel.items():
-                prepack.pack(getattr(self.layer, name).data, kernel.data, weights[name].isa)
+                blocks = weights[name].blocks
+                assert blocks is not None, "a layer is blocked, or repacked as a whole"
+                blocks.packed(kernel.data).copy_(blocks.plain(staged[name].data))
                 setattr(self.layer, name, kernel)
         else:
             # Also a layer that has its weights in checkpoint form: its code may have packed a copy of them (lm_head).
@@ -104,7 +105,7 @@ class Staging:
 
         Args:
             model: in the state in which it serves.
-            direct: of a prepacked weight, by the name of its parameter, whether it is packed region by region.
+            direct: of a blocked weight, by the name of its parameter, whether it is copied into directly.
         """
         self.layers = [StagedLayer(prefix, layer, record) for prefix, layer, record in _rebuilt_layers(model)]
         for layer in self.layers:
@@ -144,7 +145,7 @@ class Staging:
             layer.process()
             self._processed.add(id(layer.layer))
             for name, weight in layer.record.weights.items():
-                if weight.layout == "prepacked":
+                if weight.layout == "blocked":
                     self.closed[storage_of(getattr(layer.layer, name))] = f"{layer.prefix}.{name}"
 
     def give_up(self) -> None:
@@ -216,6 +217,9 @@ def _process_anew(layer: Any) -> None:
     capture = getattr(getattr(kernel, "fused_experts", None), "routing_replay_capture_fn", None)
     if kernel is not None:
         method.moe_kernel = None
+    if hasattr(layer, "cpu_linear"):
+        # What oneDNN packed before (0.28, layers/utils.py): let go of first, its memory is there for what comes now.
+        layer.cpu_linear = None
     with suppress(AttributeError):
         # vLLM's own mark for methods that process once (0.28, reload/layerwise.py).
         del layer._already_called_process_weights_after_loading

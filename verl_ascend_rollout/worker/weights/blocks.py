@@ -1,0 +1,152 @@
+"""Expert weights that a CPU kernel wants in blocks: loaded through a view, like weights that are transposed.
+
+vLLM 0.28 packs `w13_weight` and `w2_weight` for AMX, AVX-512, NEON or VSX (experts/cpu_moe.py) into a tensor of the
+same shape, where each block of rows lies column by column: element by element, or for AMX in pairs of columns.  So the
+packed tensor is a permutation of the checkpoint's, and a strided view of the one as the other exists: a tensor of a
+weight sync is copied straight to its place, without the rest of its layer and without a second copy.  torch's copy into
+that view also takes less time than vLLM's own packing of one expert after the other (1.6 plain copies instead of 1.9
+with one thread, 3.4 with two; AMX, bf16), because it has all threads to itself.
+
+Which blocks a weight has is found by looking at what the packing did, and where that is no such permutation, or could
+be more than one, the layer is rebuilt instead (see `staging`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from verl_ascend_rollout.worker.weights.plan import Region
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How an expert's rows lie in a packed weight.
+
+    Attributes:
+        rows: of a block.
+        group: elements of a row that stay together.
+    """
+
+    rows: int
+    group: int
+
+    def packed(self, weight: torch.Tensor) -> torch.Tensor:
+        """Whole experts of a packed weight, as a view.
+
+        Args:
+            weight: shape (..., rows, columns), contiguous.
+
+        Returns:
+            Integers of shape (..., blocks, groups, rows of a block).
+        """
+        *experts, rows, columns = weight.shape
+        return self.integers(weight).view(*experts, rows // self.rows, columns // self.group, self.rows)
+
+    def plain(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rows in checkpoint form, as a view of the shape that `packed` has.
+
+        Args:
+            tensor: shape (..., rows, columns); copied where groups of its elements do not lie together.
+        """
+        *experts, rows, columns = tensor.shape
+        integers = self.integers(
+            tensor if self._groups_lie_together(tensor) else tensor.clone(memory_format=torch.contiguous_format)
+        )
+        *strides, row, _ = integers.stride()
+        return integers.as_strided(
+            (*experts, rows // self.rows, columns // self.group, self.rows), (*strides, row * self.rows, 1, row)
+        )
+
+    def region(self, integers: torch.Tensor, region: Region) -> torch.Tensor:
+        """A region of a packed weight, which `fits`, as a view.
+
+        Args:
+            integers: the whole of it, contiguous, as `integers` gives it.
+            region: in checkpoint form.
+
+        Returns:
+            As from `packed`.
+        """
+        *experts, rows, columns = region.size
+        columns //= self.group
+        return integers.as_strided(
+            (*experts, rows // self.rows, columns, self.rows),
+            (*[stride // self.group for stride in region.stride[:-2]], self.rows * columns, self.rows, 1),
+            integers.storage_offset() + region.offset // self.group,
+        )
+
+    def fits(self, region: Region, weight: tuple[int, ...]) -> bool:
+        """Whether a region of a weight of shape (experts, rows, columns) is one of whole blocks."""
+        rows, columns = weight[-2], weight[-1]
+        size, stride = region.size, region.stride
+        if len(size) == 3 and (size[0] == 1 or stride[0] == rows * columns):
+            size, stride = size[1:], stride[1:]
+        if len(size) != 2 or size[1] != columns or stride != (columns, 1) or region.offset % columns:
+            return False
+        first = region.offset // columns % rows
+        return first % self.rows == 0 and size[0] % self.rows == 0 and first + size[0] <= rows
+
+    def integers(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor with one integer for each group of elements in a row."""
+        return tensor.view(_INTEGERS[self.group * tensor.element_size()])
+
+    def _groups_lie_together(self, tensor: torch.Tensor) -> bool:
+        *strides, last = tensor.stride()
+        return (
+            last == 1
+            and tensor.storage_offset() % self.group == 0
+            and all(stride % self.group == 0 for stride in strides)
+        )
+
+
+CANDIDATES = tuple(Blocks(rows, group) for rows in (8, 16, 32, 64) for group in (1, 2, 4))
+"""What is looked for.  vLLM 0.28 has blocks of 16 rows, for AMX in pairs; others were not met."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first and the last expert of a weight in checkpoint form: two tensors of shape (rows, columns)."""
+
+    experts: tuple[torch.Tensor, torch.Tensor]
+
+    @classmethod
+    def of(cls, name: str, weight: torch.Tensor) -> Sample | None:
+        """A sample of an expert weight on a CPU, of shape (experts, rows, columns); `None` of any other weight."""
+        if name not in ("w13_weight", "w2_weight") or weight.dim() != 3 or weight.device.type != "cpu":
+            return None
+        return cls((weight.data[0].clone(), weight.data[-1].clone()))
+
+    def blocks_in(self, after: torch.Tensor | None) -> Blocks | None:
+        """How the sampled weight lies in a packed one.
+
+        Args:
+            after: the weight now.
+
+        Returns:
+            `None` if not in blocks, or if that cannot be told: a constant weight looks alike in all of them.
+        """
+        first, last = self.experts
+        if after is None or tuple(after.shape[1:]) != tuple(first.shape) or not after.is_contiguous():
+            return None
+        if after.dtype != first.dtype:
+            return None
+        found = list(self._matching(first, after.data[0]))
+        if len(found) != 1 or found != list(self._matching(last, after.data[-1])):
+            return None
+        return found[0]
+
+    @staticmethod
+    def _matching(expert: torch.Tensor, packed: torch.Tensor) -> Iterator[Blocks]:
+        rows, columns = expert.shape
+        for blocks in CANDIDATES:
+            whole = rows % blocks.rows == 0 and columns % blocks.group == 0
+            size = blocks.group * expert.element_size()
+            if whole and size in _INTEGERS and torch.equal(blocks.packed(packed), blocks.plain(expert)):
+                yield blocks
