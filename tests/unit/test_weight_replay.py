@@ -371,7 +371,7 @@ def test_asking_writes_nothing() -> None:
 
 def test_a_constant_written_into_memory_of_one_sync_must_be_written_again() -> None:
     kept, passing = torch.ones(4), torch.ones(4)
-    from verl_ascend_rollout.worker.weights.staging import storage_of
+    from verl_ascend_rollout.worker.weights.storage import storage_of
 
     recorder = Recorder({"kept": kept, "passing": passing}, temporary={storage_of(passing)})
     with recorder:
@@ -379,3 +379,121 @@ def test_a_constant_written_into_memory_of_one_sync_must_be_written_again() -> N
             {"kept": kept, "passing": passing}[name][2:].fill_(0)
     assert set(recorder.routes) == {"kept"}
     assert set(recorder.not_plain) == {"passing"}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# a loader that does not know that its experts lie in blocks
+
+
+class BlockedModel(torch.nn.Module):
+    """Experts in blocks beside a router, and a loader like vLLM's; `change` is done to each expert after its copy."""
+
+    def __init__(self, change: Any = None) -> None:
+        super().__init__()
+        self.experts = torch.nn.Module()
+        self.experts.w2_weight = torch.nn.Parameter(torch.randn(3, ROWS, COLUMNS).bfloat16(), requires_grad=False)
+        self.experts.w2_weight.weight_loader = self.load_expert
+        self.experts.quant_method = Method(self.pack)
+        self.change = change
+
+    def load_expert(self, parameter: torch.nn.Parameter, tensor: torch.Tensor, expert_id: int) -> None:
+        place = parameter.data[expert_id]
+        place.copy_(tensor)
+        if self.change is not None:
+            self.change(self, place, tensor)
+
+    def pack(self, layer: Any) -> None:
+        packed = torch.empty_like(layer.w2_weight.data)
+        Blocks(16, 2).packed(packed).copy_(Blocks(16, 2).plain(layer.w2_weight.data))
+        layer.w2_weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        for name, tensor in weights:
+            self.experts.w2_weight.weight_loader(self.experts.w2_weight, tensor, expert_id=int(name))
+        return {"experts.w2_weight"}
+
+
+def blocked(change: Any = None) -> Any:
+    model = BlockedModel(change)
+    layout.watch(model)
+    model.experts.quant_method.process_weights_after_loading(model.experts)
+    found = layout.record(model.experts)
+    assert found is not None
+    assert found.weights["w2_weight"].layout == "blocked"
+    return model
+
+
+def expert_tensors(seed: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {str(expert): torch.randn(ROWS, COLUMNS, generator=generator).to(dtype) for expert in range(3)}
+
+
+def packed_from(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    whole = torch.stack([tensor.bfloat16() for tensor in tensors.values()])
+    packed = torch.empty_like(whole)
+    Blocks(16, 2).packed(packed).copy_(Blocks(16, 2).plain(whole))
+    return packed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_first_sync_already_writes_into_the_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plan = blocked(), Plan()
+    kernel = model.experts.w2_weight
+    seen: list[torch.Tensor] = []
+    model.change = lambda model, place, tensor: seen.append(model.experts.w2_weight)
+    sync(model, expert_tensors(1, dtype).items(), plan, compare=True)
+    assert model.experts.w2_weight is kernel
+    assert torch.equal(kernel, packed_from(expert_tensors(1, dtype)))
+    assert not any(parameter is kernel for parameter in seen), "the loader saw the packed weight"
+    assert plan.replayable
+    forbid_loading(model, monkeypatch)
+    sync(model, expert_tensors(2, dtype).items(), plan, compare=True)
+    assert torch.equal(kernel, packed_from(expert_tensors(2, dtype)))
+
+
+def _read(model: Any, place: torch.Tensor, tensor: torch.Tensor) -> None:
+    assert torch.equal(place, tensor.to(place.dtype)), "the loader does not find what it wrote"
+
+
+def _read_into(model: Any, place: torch.Tensor, tensor: torch.Tensor) -> None:
+    assert torch.equal(torch.zeros(ROWS, COLUMNS).copy_(place), tensor.float())
+
+
+def _double(model: Any, place: torch.Tensor, tensor: torch.Tensor) -> None:
+    place.mul_(2)
+
+
+def _foreach(model: Any, place: torch.Tensor, tensor: torch.Tensor) -> None:
+    torch._foreach_mul_([place], 2)
+
+
+def _a_row(model: Any, place: torch.Tensor, tensor: torch.Tensor) -> None:
+    place[3].copy_(tensor[3] * 2)
+
+
+@pytest.mark.parametrize("change", [_read, _read_into, _double, _foreach, _a_row])
+def test_a_loader_that_does_more_than_copy_finds_what_it_expects(change: Any) -> None:
+    model = blocked(change)
+    kernel = model.experts.w2_weight
+    tensors = expert_tensors(1)
+    wanted = {name: tensor.clone() for name, tensor in tensors.items()}
+    for tensor in wanted.values():
+        if change in (_double, _foreach):
+            tensor.mul_(2)
+        elif change is _a_row:
+            tensor[3].mul_(2)
+    for _ in range(2):
+        sync(model, tensors.items(), Plan())
+        assert model.experts.w2_weight is kernel
+        assert torch.equal(kernel, packed_from(wanted))
+
+
+def test_a_first_sync_that_breaks_off_leaves_the_kernels_weight_in_place() -> None:
+    model, plan = blocked(), Plan()
+    kernel = model.experts.w2_weight
+    tensors = expert_tensors(1)
+    with pytest.raises(WeightSyncError, match="missing from the stream: experts.w2_weight; 1 parameters refused"):
+        sync(model, [("0", tensors["0"]), ("1", tensors["1"][:, :5])], plan)
+    assert model.experts.w2_weight is kernel
+    sync(model, tensors.items(), plan)
+    assert torch.equal(kernel, packed_from(tensors))

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from verl_ascend_rollout.worker.weights.storage import storage_of
+
 if TYPE_CHECKING:
     from verl_ascend_rollout.worker.weights.plan import Region
 
@@ -104,6 +106,61 @@ class Blocks:
             and tensor.storage_offset() % self.group == 0
             and all(stride % self.group == 0 for stride in strides)
         )
+
+
+class DirectWrites:
+    """A packed weight that a loader writes into without knowing: it sees a parameter in checkpoint form, whose memory
+    is never touched, and its writes are carried out in the packed one.
+
+    If a loader does anything else with that parameter than copy whole blocks into it, `leave` gives it what it would
+    have found there, and from then on it is written to and packed as a whole.
+
+    Attributes:
+        blocks: how the packed weight lies.
+        storage: of what the loader sees (see `storage_of`).
+    """
+
+    def __init__(self, blocks: Blocks, kernel: torch.Tensor, staged: torch.Tensor) -> None:
+        """Begin.
+
+        Args:
+            blocks: how the packed weight lies.
+            kernel: the packed weight, contiguous.
+            staged: what the loader sees, of the same shape, contiguous, in a storage of its own.
+        """
+        self.blocks = blocks
+        self._kernel = kernel
+        self._integers = blocks.integers(kernel)
+        self._staged = staged
+        self.storage = storage_of(staged)
+        self._shape = tuple(staged.shape)
+        self._left = False
+
+    def place(self, region: Region) -> torch.Tensor | None:
+        """The region of the packed weight, in the shape that `Blocks.plain` has; `None` if not of whole blocks."""
+        if self._left or not self.blocks.fits(region, self._shape):
+            return None
+        return self.blocks.region(self._integers, region)
+
+    def write(self, region: Region, source: torch.Tensor) -> bool:
+        """Copy into a region; whether that was possible."""
+        place = self.place(region)
+        if place is None or tuple(source.shape) != region.size:
+            return False
+        place.copy_(self.blocks.plain(source.to(self._kernel.dtype)))
+        return True
+
+    def leave(self) -> None:
+        """Unpack what there is.  A second call does nothing."""
+        if not self._left:
+            self._left = True
+            self.blocks.plain(self._staged).copy_(self.blocks.packed(self._kernel))
+
+    def finish(self) -> None:
+        """Pack the weight as a whole, where that is left to do, and let go of what the loader saw."""
+        if self._left:
+            self.blocks.packed(self._kernel).copy_(self.blocks.plain(self._staged))
+            self._staged = self._staged.new_empty(0)
 
 
 CANDIDATES = tuple(Blocks(rows, group) for rows in (8, 16, 32, 64) for group in (1, 2, 4))

@@ -16,6 +16,7 @@ import torch
 from verl_ascend_rollout.worker.weights.layout import record
 from verl_ascend_rollout.worker.weights.plan import NamedTensor, Plan, Recorder
 from verl_ascend_rollout.worker.weights.staging import Staging
+from verl_ascend_rollout.worker.weights.storage import storage_of
 from verl_ascend_rollout.worker.weights.verify import Manifest, differs, first_line
 
 
@@ -38,7 +39,10 @@ class LoaderPass:
         self._written = _Written()
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
-        self._recorder = Recorder(self._parameters, staging.storages(), staging.closed, staging.came)
+        self._direct = staging.direct()
+        self._recorder = Recorder(
+            self._parameters, staging.storages(), staging.closed, staging.came, direct=self._direct
+        )
         self._not_plain: dict[str, str] = {}
         self._wrapped = ExitStack()
         self._wrapped.enter_context(_counted_loaders(model, self._written))
@@ -103,7 +107,14 @@ class LoaderPass:
             route = self._recorder.routes.get(name)
             for copy in route.copies if route is not None else ():
                 source = tensor if copy.source is None else copy.source.in_tensor(tensor)
-                if differs(copy.destination.in_tensor(self._parameters[copy.target].data), source):
+                parameter = self._parameters[copy.target]
+                direct = self._direct.get(storage_of(parameter))
+                place = direct.place(copy.destination) if direct is not None else None
+                if direct is not None and place is not None:
+                    wrong = differs(place, direct.blocks.plain(source.to(parameter.dtype)))
+                else:
+                    wrong = differs(copy.destination.in_tensor(parameter.data), source)
+                if wrong:
                     self._manifest.not_as_sent(name)
 
 

@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from verl_ascend_rollout.worker.weights.blocks import Blocks
+from verl_ascend_rollout.worker.weights.blocks import Blocks, DirectWrites
 from verl_ascend_rollout.worker.weights.layout import recorded_layers
-from verl_ascend_rollout.worker.weights.staging import storage_of
+from verl_ascend_rollout.worker.weights.storage import storage_of
 
 logger = logging.getLogger("verl_ascend_rollout.worker")
 
@@ -144,7 +145,16 @@ def _blocked(model: torch.nn.Module) -> Iterator[tuple[str, Blocks, tuple[int, .
                 yield f"{prefix}.{name}", weight.blocks, weight.shape
 
 
-_MUTABLE: dict[Any, bool] = {}
+_KINDS: dict[Any, str] = {}
+
+
+def _kind(func: Any) -> str:
+    """What an operator does to its arguments: `writes` into one, makes a `view` of one, or `reads` them."""
+    kind = _KINDS.get(func)
+    if kind is None:
+        aliases = any(argument.alias_info is not None for argument in func._schema.arguments)
+        kind = _KINDS[func] = "writes" if func._schema.is_mutable else "view" if aliases else "reads"
+    return kind
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -163,6 +173,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         closed: Mapping[int, str] = MappingProxyType({}),
         on_write: Callable[[int, int], None] = lambda storage, elements: None,
         write: bool = True,
+        direct: Mapping[int, DirectWrites] = MappingProxyType({}),
     ) -> None:
         """Watch from here on, within a `with`.
 
@@ -173,6 +184,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             closed: names by storage of parameters that are whole, and not in checkpoint form any more.
             on_write: called with the storage and the number of elements of each write into a parameter.
             write: whether writes into parameters happen; without, the loader is only asked where it would write.
+            direct: by storage, parameters in blocks into which copies go without a detour.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         # Tied weights are one storage; the first name stands for all.
@@ -187,6 +199,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._closed = closed
         self._on_write = on_write
         self._write = write
+        self._direct = dict(direct)
         self._current: NamedTensor | None = None
         self._copies: list[Copy] = []
         self._other: str | None = None
@@ -226,25 +239,44 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        mutable = _MUTABLE.get(func)
-        if mutable is None:
-            mutable = _MUTABLE[func] = bool(func._schema.is_mutable)
-        if not mutable or not args or not isinstance(args[0], torch.Tensor):
+        kind = _kind(func)
+        if kind == "view":
+            return func(*args, **(kwargs or {}))
+        if kind == "reads" or not args or not isinstance(args[0], torch.Tensor):
+            self._leave_direct(args, kwargs)
             return func(*args, **(kwargs or {}))
         storage = storage_of(args[0])
         if storage in self._closed:
             self.late.append(self._closed[storage])
             return args[0]
         if storage not in self._names:
+            self._leave_direct(args, kwargs)
             return func(*args, **(kwargs or {}))
         self._note(func, args, storage)
         if not self._write:
             if func is torch.ops.aten.copy_.default and args[1].shape != args[0].shape:
                 raise RuntimeError(f"its place in {self._names[storage]} has shape {tuple(args[0].shape)}")
             return args[0]
-        result = func(*args, **(kwargs or {}))
+        result = args[0] if self._written_directly(func, args, storage) else func(*args, **(kwargs or {}))
         self._on_write(storage, args[0].numel())
         return result
+
+    def _written_directly(self, func: Any, args: tuple[Any, ...], storage: int) -> bool:
+        direct = self._direct.get(storage)
+        plain = func is torch.ops.aten.copy_.default and storage_of(args[1]) not in self._direct
+        if direct is not None and plain and direct.write(Region.of(args[0], self._bases[storage]), args[1]):
+            return True
+        self._leave_direct(args, None)
+        return False
+
+    def _leave_direct(self, args: tuple[Any, ...], kwargs: Any) -> None:
+        """Something is done with parameters in blocks that is no copy into them: it finds what it expects."""
+        if not self._direct:
+            return
+        for value in tree_leaves((args, kwargs)):
+            direct = self._direct.pop(storage_of(value), None) if isinstance(value, torch.Tensor) else None
+            if direct is not None:
+                direct.leave()
 
     def _note(self, func: Any, args: tuple[Any, ...], storage: int) -> None:
         if self._current is None:

@@ -13,7 +13,8 @@ import torch
 
 from verl_ascend_rollout.worker.weights.blocks import Blocks
 from verl_ascend_rollout.worker.weights.plan import Copy, NamedTensor, Plan, Recorder, Route, logger
-from verl_ascend_rollout.worker.weights.staging import Staging, storage_of
+from verl_ascend_rollout.worker.weights.staging import Staging
+from verl_ascend_rollout.worker.weights.storage import storage_of
 from verl_ascend_rollout.worker.weights.verify import Manifest, differs, first_line
 
 

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
+from verl_ascend_rollout.worker.weights.blocks import DirectWrites
 from verl_ascend_rollout.worker.weights.layout import LayerRecord, WeightRecord, recorded_layers
+from verl_ascend_rollout.worker.weights.storage import storage_of
 
 HUGE_PAGE = 2 * 2**20
 """Bytes: from which size on a mapping can have one."""
@@ -33,6 +35,7 @@ class StagedLayer:
     Attributes:
         prefix, layer, record: which it is.
         kernel: the parameters that its kernels had, by name, where others stand in for them now.
+        direct: of these, by name, those in blocks, into which a loader's copies go without a detour.
         missing: for each of its parameters the elements that have not come yet.
         processed: whether it has been rebuilt from what came.
         touched: whether anything has come.
@@ -42,20 +45,24 @@ class StagedLayer:
     layer: Any
     record: LayerRecord
     kernel: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    direct: dict[str, DirectWrites] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     processed: bool = False
     touched: bool = False
 
-    def present(self, direct: Callable[[str], bool]) -> None:
-        """Put parameters in checkpoint form in place of the kernels', except for blocked ones that are copied into
-        directly: those that `direct` says yes to, by the name of the parameter."""
+    def present(self, known: Callable[[str], bool]) -> None:
+        """Put parameters in checkpoint form in place of the kernels', except for blocked ones of which it is `known`,
+        by the name of the parameter, that nothing but whole blocks is copied into them."""
         for name, weight in self.record.weights.items():
             parameter = getattr(self.layer, name, None)
             if not isinstance(parameter, torch.nn.Parameter):
                 continue
-            if weight.layout == "repacked" or (weight.layout == "blocked" and not direct(f"{self.prefix}.{name}")):
+            if weight.layout == "repacked" or (weight.layout == "blocked" and not known(f"{self.prefix}.{name}")):
                 self.kernel[name] = parameter
                 setattr(self.layer, name, _empty(weight))
+                if weight.blocks is not None:
+                    staged = getattr(self.layer, name).data
+                    self.direct[name] = DirectWrites(weight.blocks, parameter.data, staged)
             self.missing[name] = _elements(weight)
 
     def came(self, name: str, elements: int) -> bool:
@@ -71,9 +78,8 @@ class StagedLayer:
         staged = {name: getattr(self.layer, name) for name in self.kernel}
         if any(weight.blocks is not None for weight in weights.values()):
             for name, kernel in self.kernel.items():
-                blocks = weights[name].blocks
-                assert blocks is not None, "a layer is blocked, or repacked as a whole"
-                blocks.packed(kernel.data).copy_(blocks.plain(staged[name].data))
+                # A layer is blocked, or repacked as a whole.
+                self.direct[name].finish()
                 setattr(self.layer, name, kernel)
         else:
             # Also a layer that has its weights in checkpoint form: its code may have packed a copy of them (lm_head).
@@ -83,12 +89,14 @@ class StagedLayer:
                 # Somebody may still hold the parameter, with nothing in it.
                 parameter.data = torch.empty(0, dtype=parameter.dtype)
         self.kernel.clear()
+        self.direct.clear()
 
     def give_up(self) -> None:
         """Put back what the kernels had; for a layer that did not become whole."""
         for name, kernel in self.kernel.items():
             setattr(self.layer, name, kernel)
         self.kernel.clear()
+        self.direct.clear()
 
 
 class Staging:
@@ -100,16 +108,16 @@ class Staging:
         closed: names by storage of the packed weights of rebuilt layers: nothing may be loaded into them any more.
     """
 
-    def __init__(self, model: torch.nn.Module, direct: Callable[[str], bool] = lambda name: False) -> None:
+    def __init__(self, model: torch.nn.Module, known: Callable[[str], bool] = lambda name: False) -> None:
         """Present the layers.
 
         Args:
             model: in the state in which it serves.
-            direct: of a blocked weight, by the name of its parameter, whether it is copied into directly.
+            known: see `StagedLayer.present`.
         """
         self.layers = [StagedLayer(prefix, layer, record) for prefix, layer, record in _rebuilt_layers(model)]
         for layer in self.layers:
-            layer.present(direct)
+            layer.present(known)
         # Tied weights belong to several layers.
         self._by_storage: dict[int, list[tuple[StagedLayer, str]]] = {}
         for layer in self.layers:
@@ -158,6 +166,10 @@ class Staging:
         """The storages that are there for this sync only."""
         return {storage_of(getattr(layer.layer, name)) for layer in self.layers for name in layer.kernel}
 
+    def direct(self) -> dict[int, DirectWrites]:
+        """The weights that are written into without a detour, by the storage of what stands in for them."""
+        return {writes.storage: writes for layer in self.layers for writes in layer.direct.values()}
+
     def has(self, layer: torch.nn.Module) -> bool:
         """Whether a layer is one of these, rebuilt or left as it was."""
         return any(staged.layer is layer for staged in self.layers)
@@ -165,11 +177,6 @@ class Staging:
     def is_processed(self, layer: torch.nn.Module) -> bool:
         """Whether a layer has been rebuilt in this sync."""
         return id(layer) in self._processed
-
-
-def storage_of(tensor: torch.Tensor) -> int:
-    """What tells the storage of a tensor from all others that exist at the same time, also where it has no address."""
-    return int(tensor.untyped_storage()._cdata)
 
 
 def _rebuilt_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, LayerRecord]]:
