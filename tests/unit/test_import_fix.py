@@ -484,7 +484,7 @@ RECIPES = ["grpo_tiny_cpu", "grpo_qwen1_5_moe"]
 def test_the_recipes_apply_it_to_verl_too(
     editable: Installation, tmp_path: Path, recipe: str, options: list[str]
 ) -> None:
-    """verl is an editable install behind a folder too; what it has in its `__init__.py`, our plug-in's start, is lost."""
+    """verl is an editable install behind a folder too: without its `__init__.py` nothing starts our plug-in."""
     main = "import sys\nfrom verl import WHERE\nprint(WHERE, sys.argv[-1])\nfrom vllm import WHERE\nprint(WHERE)\n"
     files = {"__init__.py": "WHERE = 'real verl'\n", "trainer/__init__.py": "", "trainer/main_ppo.py": main}
     editable.package("verl", files, where=tmp_path / "verl-main")
