@@ -18,7 +18,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from verl_ascend_rollout import ROLLOUT_NAME, __version__
+from verl_ascend_rollout import ROLLOUT_NAME, __version__, import_fix
 
 logger = logging.getLogger("verl_ascend_rollout")
 
@@ -58,6 +58,8 @@ def register() -> tuple[str, ...]:
     if _registered:
         return tuple(_registered)
     _listen()
+    # verl imports vLLM only when a rollout is made (verl 0.9.1), so this comes in time.
+    import_fix.apply()
     verl_version = check_stack()
 
     from verl_ascend_rollout import compat
@@ -90,6 +92,8 @@ def register_in_vllm() -> None:
     """
     import wrapt
 
+    # Too late for this process; in time for those that it starts.
+    import_fix.apply()
     # By name, so that nothing is imported before vLLM imports its loaders.  A second hook changes nothing.
     wrapt.register_post_import_hook(LAYOUT_HOOK, LOADER_MODULE)
     logger.debug("verl_ascend_rollout %s is seen by vLLM in process %d", __version__, os.getpid())

@@ -2,7 +2,14 @@
 # GRPO on Qwen/Qwen1.5-MoE-A2.7B-Chat with gsm8k, FSDP2 and the rollout `ascend_safe`: one command line for NVIDIA GPUs
 # and Ascend NPUs.  What differs between the two is the business of `--config-name=ascend_safe`.
 # Not run at full size: see README.md.  Anything after the script's name goes to verl as it is, and wins.
+# Except --no-import-fix: where a folder named `vllm` or `verl` hides the real one, leave it so.
 set -euo pipefail
+
+words=()
+for word in "$@"; do
+    if [[ "$word" == --no-import-fix ]]; then export ASCEND_SAFE_IMPORT_FIX=0; else words+=("$word"); fi
+done
+set -- ${words[@]+"${words[@]}"}
 
 PYTHON="${PYTHON:-python}"
 MODEL="${MODEL:-Qwen/Qwen1.5-MoE-A2.7B-Chat}" # a hub name or a folder
@@ -38,6 +45,10 @@ fi
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
 export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+
+# A folder named `vllm` or `verl` here would be taken for the package: the real one goes first.
+first="$("$PYTHON" -m verl_ascend_rollout.import_fix)"
+eval "$first"
 
 exec "$PYTHON" -m verl.trainer.main_ppo --config-name=ascend_safe \
     rollout=ascend_safe \

@@ -77,6 +77,9 @@ PHASES = (
 )
 """Phases of the start-up, each with the text in verl's or Ray's log that begins it (verl 0.9.1, ray 2.60)."""
 
+IMPORT_FIX = "import fix: "
+"""What ascend_safe says where a folder hides the real vLLM (verl_ascend_rollout/import_fix.py)."""
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -513,6 +516,8 @@ def train(options: argparse.Namespace, out: Path, family: Family, screen: Screen
 
     def look() -> None:
         for line in log.lines():
+            if IMPORT_FIX in line:
+                screen.line(line)
             for index, (name, marker) in enumerate(ahead):
                 if marker is not None and marker in line:
                     del ahead[: index + 1]
@@ -526,7 +531,7 @@ def train(options: argparse.Namespace, out: Path, family: Family, screen: Screen
     launched = time.monotonic()
     with (out / "train.log").open("wb") as stream:
         process = subprocess.Popen(
-            ["bash", str(HERE / "run.sh")],
+            ["bash", str(HERE / "run.sh"), *(["--no-import-fix"] if options.no_import_fix else [])],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=stream,
@@ -577,6 +582,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for all output")
     parser.add_argument("--seed", type=int, default=0, help="seed of the model, the data and the sampling (default 0)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which to give up (default 1800)")
+    parser.add_argument(
+        "--no-import-fix",
+        action="store_true",
+        help="where a folder hides the real vLLM or verl, leave it so (by default the real one is put first)",
+    )
     options = parser.parse_args(arguments)
     # A step has 8 of the 1,024 prompts; the run is one epoch.
     if not FEWEST_STEPS <= options.steps <= 128:

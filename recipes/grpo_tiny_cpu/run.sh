@@ -2,7 +2,14 @@
 # GRPO on a toy Qwen1.5-MoE: verl's own trainer, Ray, a real vLLM engine and the rollout `ascend_safe`, on two CPU cores.
 # What differs between platforms is the business of `--config-name=ascend_safe`; here are the sizes of the job only.
 # Anything after the script's name goes to verl as it is, and wins:  run.sh trainer.total_training_steps=3
+# Except --no-import-fix: where a folder named `vllm` or `verl` hides the real one, leave it so.
 set -euo pipefail
+
+words=()
+for word in "$@"; do
+    if [[ "$word" == --no-import-fix ]]; then export ASCEND_SAFE_IMPORT_FIX=0; else words+=("$word"); fi
+done
+set -- ${words[@]+"${words[@]}"}
 
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PYTHON="${PYTHON:-python}"
@@ -23,6 +30,9 @@ export RAY_prestart_worker_first_driver="${RAY_prestart_worker_first_driver:-fal
 
 mkdir -p "$OUT"
 OUT="$(cd "$OUT" && pwd)"
+# A folder named `vllm` or `verl` here would be taken for the package: the real one goes first.
+first="$("$PYTHON" -m verl_ascend_rollout.import_fix)"
+eval "$first"
 [[ -f "$TOY/model/config.json" ]] || "$PYTHON" "$HERE/make_tiny.py" "$TOY" --seed "$SEED"
 TOY="$(cd "$TOY" && pwd)"
 export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from setuptools.command.editable_wheel import _finder_template
+
 ROOT = Path(__file__).resolve().parents[2]
 
 OUR_DEPENDENCIES = ("msgspec", "packaging", "psutil", "wrapt", "omegaconf", "yaml", "antlr4", "elftools", "xxhash")
@@ -124,12 +126,12 @@ class Installation:
     def make_editable(self, package: str, distribution: str, checkout: Path) -> None:
         """Make one of the linked packages an editable install, as setuptools does it."""
         self.unlink(package)
+        self.add_finder(package, distribution, checkout)
+
+    def add_finder(self, package: str, distribution: str, checkout: Path) -> None:
+        """Write the finder of an editable install, setuptools' own, and the file that starts it."""
         module = f"__editable___{package}_finder"
-        (self.site / f"{module}.py").write_text(
-            f"MAPPING: dict[str, str] = {{{package!r}: {str(checkout / package)!r}}}\n"
-            "NAMESPACES: dict[str, list[str]] = {}\n"
-            "def install():\n    pass\n"
-        )
+        (self.site / f"{module}.py").write_text(_finder_template(module, {package: str(checkout / package)}, {}))
         (self.site / f"__editable__.{distribution}.pth").write_text(f"import {module}; {module}.install()\n")
 
     def doctor(self, *options: str) -> Answer:

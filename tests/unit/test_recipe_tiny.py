@@ -307,7 +307,7 @@ def _recipe_with(folder: Path, run: str) -> Path:
     shutil.copy(RECIPE / "demo.py", folder)
     shutil.copy(RECIPE / "make_tiny.py", folder)
     (folder / "run.py").write_text(run)
-    (folder / "run.sh").write_text(f'exec "$PYTHON" "{folder}/run.py"\n')
+    (folder / "run.sh").write_text(f'exec "$PYTHON" "{folder}/run.py" "$@"\n')
     return folder / "demo.py"
 
 
@@ -343,6 +343,15 @@ def test_a_good_run_ends_with_0_a_summary_and_a_plot(tmp_path: Path) -> None:
     assert (summary["steps"], summary["reward_last"]) == (3, pytest.approx(0.3))
     assert list(summary["phases"]) == ["importing verl", "starting Ray"]
     assert (tmp_path / "out" / "reward.png").exists()
+
+
+def test_what_hides_vllm_is_shown_and_can_be_left(tmp_path: Path) -> None:
+    said = "import sys; print('import fix: ./vllm hides it', sys.argv[1:], flush=True)\n"
+    script = _recipe_with(tmp_path / "recipe", said + WRITE_METRICS)
+    stdout, _ = _start(script, tmp_path / "out", "--steps", "3").communicate(timeout=120)
+    assert "import fix: ./vllm hides it []" in stdout
+    stdout, _ = _start(script, tmp_path / "out", "--steps", "3", "--no-import-fix").communicate(timeout=120)
+    assert "import fix: ./vllm hides it ['--no-import-fix']" in stdout
 
 
 def test_a_failed_run_ends_with_1_one_sentence_and_the_end_of_the_log(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from verl_ascend_rollout import import_fix
 from verl_ascend_rollout.bench import kv
 from verl_ascend_rollout.bench.arguments import gib, positive
 from verl_ascend_rollout.bench.table import BenchError
@@ -22,6 +23,8 @@ def add_parser(commands: Any) -> None:
     what = bench.add_subparsers(dest="bench", metavar="WHAT", required=True)
     _add_weights(what)
     kv.add_parser(what)
+    for one in what.choices.values():
+        import_fix.add_option(one)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,11 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
         The exit status: 0, or 1 where the bench could not be run to its end.
     """
     try:
+        import_fix.begin(arguments)
         if arguments.bench == "kv":
             kv.run(arguments)
         else:
             _run_weights(arguments)
-    except BenchError as error:
+    except (BenchError, import_fix.ImportFixError) as error:
         print(f"ascend-safe: {error}", file=sys.stderr)
         return 1
     return 0

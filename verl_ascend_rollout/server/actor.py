@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from verl_ascend_rollout import import_fix
 from verl_ascend_rollout.server.step_metrics import StepMetrics, step_of
 
 METHODS = (
@@ -53,7 +54,13 @@ class AscendSafeServerActor:
     """Forwards each of `METHODS` to an `AscendSafeHttpServer`, which only the actor's own process imports."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Make the server; see verl's `vLLMHttpServer`."""
+        """Make the server; see verl's `vLLMHttpServer`.
+
+        Raises:
+            ImportFixError: another package named `vllm` than the installed one is in use in this process.
+        """
+        # Also where verl was kept from loading our plug-in, which does the same.
+        import_fix.apply(strict=True)
         from verl_ascend_rollout.server.http_server import AscendSafeHttpServer
 
         self._server = AscendSafeHttpServer(*args, **kwargs)

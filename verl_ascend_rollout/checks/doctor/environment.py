@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl_ascend_rollout import ROLLOUT_NAME, policy
-from verl_ascend_rollout.checks.doctor.installation import OURS
 from verl_ascend_rollout.checks.doctor.source import Sources
+from verl_ascend_rollout.installed import OURS
 from verl_ascend_rollout.platforms import npu
 from verl_ascend_rollout.platforms.base import PlatformFacts
 from verl_ascend_rollout.platforms.detect import OVERRIDE

