@@ -53,12 +53,12 @@ def draw(found: SideBySide, path: str | os.PathLike[str]) -> None:
         {"font.size": 9, "hatch.linewidth": 0.6, "svg.fonttype": "none", "text.parse_math": False}
     ):
         # As many as 20 reports are readable; more are drawn all the same.
-        width = min(40.0, max(11.0, 2.2 * len(labels) + 5))
+        width = min(40.0, max(11.0, 2.8 * len(labels) + 5))
         reasons = _reasons(found)
         lines = [
-            line for reason in reasons for line in textwrap.wrap(reason, int(width * 15), subsequent_indent="      ")
+            line for reason in reasons for line in textwrap.wrap(reason, int(width * 18), subsequent_indent="      ")
         ]
-        below = 0.19 * (len(lines) + 1) if lines else 0.0
+        below = 0.16 * len(lines) + 0.2 if lines else 0.0
         figure, panels = pyplot.subplots(2, 2, figsize=(width, 8.0 + below), layout="constrained")
         try:
             figure.get_layout_engine().set(rect=(0, below / (8.0 + below), 1, 1 - below / (8.0 + below)))
@@ -77,16 +77,16 @@ def draw(found: SideBySide, path: str | os.PathLike[str]) -> None:
 
 
 def _reasons(found: SideBySide) -> list[str]:
-    """Why bars are grey, one paragraph for each report."""
+    """Why bars are grey: the first reason of each; the report has them all."""
     told = []
     for pair in found.pairs:
         by_reason: dict[str, list[str]] = {}
         for name in ("load.total", "first.seconds", "warm.seconds", "warm.tokens_per_second", *_MEMORY_NAMES):
             comparison = pair.compared[name]
             if comparison.refused and comparison.value is not None:
-                by_reason.setdefault("; ".join(comparison.refused), []).append(comparison.quantity.title)
+                by_reason.setdefault(comparison.refused[0], []).append(comparison.quantity.title)
         told += [
-            f"Grey, not to be compared with {pair.base.label}: {pair.other.label}, {wording.listed(titles)}: {reason}"
+            f"Grey, not compared with {pair.base.label}: {pair.other.label}, {wording.listed(titles)}: {reason}"
             for reason, titles in by_reason.items()
         ]
     return told
@@ -102,8 +102,8 @@ def _refused(found: SideBySide, position: int, quantity: str) -> bool:
 
 def _style(refused: bool, colour: str) -> dict[str, Any]:
     if refused:
-        return {"color": REFUSED_COLOUR, "hatch": REFUSED_HATCH, "edgecolor": "#8c8c8c", "linewidth": 0.6}
-    return {"color": colour, "edgecolor": "white", "linewidth": 0.6}
+        return {"facecolor": REFUSED_COLOUR, "hatch": REFUSED_HATCH, "edgecolor": colour, "linewidth": 0.8}
+    return {"facecolor": colour, "edgecolor": "white", "linewidth": 0.6}
 
 
 def _frame(axes: Any, title: str, unit: str, labels: Sequence[str]) -> None:
@@ -118,7 +118,13 @@ def _frame(axes: Any, title: str, unit: str, labels: Sequence[str]) -> None:
 
 def _empty(axes: Any, position: float) -> None:
     axes.annotate(
-        wording.UNKNOWN, (position, 0), (0, 3), textcoords="offset points", ha="center", fontsize=8, color="#8c8c8c"
+        wording.UNKNOWN.replace(" ", "\n"),
+        (position, 0),
+        (0, 3),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+        color="#8c8c8c",
     )
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from verl_ascend_rollout import report as reports
@@ -158,7 +159,7 @@ def _given(labels: Sequence[str]) -> list[str]:
 
 
 def _derived(runs: Sequence[Run]) -> list[str]:
-    labels = [_label(_description(run)) for run in runs]
+    labels = [_label(_description(run)) or "report" for run in runs]
     if len(set(labels)) < len(labels):
         # The same stack twice is most often compared for this.
         labels = [
@@ -175,6 +176,8 @@ def _derived(runs: Sequence[Run]) -> list[str]:
 
 def _description(run: Run) -> str:
     platform = run.smoke.platform
+    if platform is None and run.vllm is None:
+        return Path(run.file).stem
     words = [platform.name if platform else "unknown platform"]
     if platform and platform.soc:
         words.append(platform.soc)

@@ -81,9 +81,11 @@ LOAD_PARTS: dict[str, str] = {
 
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity("first.seconds", "first call", "first", "s", _call("first", "seconds")),
-    Quantity("first.tokens_per_second", "first call, rate", "first", "tokens/s", _call("first", "tokens_per_second")),
+    Quantity(
+        "first.tokens_per_second", "rate of the first call", "first", "tokens/s", _call("first", "tokens_per_second")
+    ),
     Quantity("warm.seconds", "warm call", "warm", "s", _call("warm", "seconds")),
-    Quantity("warm.tokens_per_second", "warm call, rate", "warm", "tokens/s", _call("warm", "tokens_per_second")),
+    Quantity("warm.tokens_per_second", "rate of the warm call", "warm", "tokens/s", _call("warm", "tokens_per_second")),
     Quantity("load.total", "load", "load", "s", _load("total")),
     *(Quantity(f"load.{part}", f"load: {title}", "load", "s", _load(part)) for part, title in LOAD_PARTS.items()),
     Quantity("memory.weights", "weights", "memory", "bytes", _memory("weights")),
