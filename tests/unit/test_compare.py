@@ -183,7 +183,8 @@ def test_inference_is_explained_by_what_was_recorded() -> None:
     assert "B ran without graphs (vllm-ascend 0.11 has" in told and "A with 67 graphs (FULL_AND_PIECEWISE)" in told
     assert "B on 2 x Ascend 910C and A on 2 x NVIDIA A100" in told
     assert list(explain.first_and_warm(base)) == [
-        "A: the first call took 3.88 times as long as the same call again: 230 ms of it is work that is done once."
+        "A: the first call took 3.88 times as long as the same call again: 230 ms of it is work that is done once, the "
+        "prefill among it, as the warm call finds the prompt in the prefix cache."
     ]
     cpus = run_of(CPU_TINY, "A"), run_of(change(CPU_TINY, "platform", threads=8, isa=("avx2",)), "B")
     told = "\n".join(explain.of_inference(*cpus, times.compare(*cpus)))
@@ -315,6 +316,19 @@ def test_an_answer_that_was_cut_off_agrees_as_far_as_it_goes() -> None:
     verdicts, found = agreed(CPU_TINY, said(dataclasses.replace(cut, finish_reason="stop")))
     assert verdicts["tokens"] == "warn"
     assert "cannot be told" in found.checks[1].summary
+
+
+def test_of_several_prompts_the_worst_answer_counts() -> None:
+    assert CPU_TINY.output is not None
+    other_prompt = dataclasses.replace(CPU_TINY.output, prompt="Another one")
+    base = dataclasses.replace(CPU_TINY, more_outputs=(other_prompt,))
+    off = dataclasses.replace(shifted(1.5), prompt="Another one")
+    verdicts, found = agreed(base, dataclasses.replace(CPU_TINY, more_outputs=(off,)))
+    assert verdicts == {"prompt": "pass", "tokens": "pass", "logprobs": "fail"}
+    assert found.checks[2].summary.endswith("(the worst of 2 prompts)")
+    assert found.prompt is not None and found.prompt.largest == 0.0
+    # A prompt that only one of them was given is no disagreement.
+    assert set(agreed(base, CPU_TINY)[0].values()) == {"pass"}
 
 
 def test_another_tokenization_is_named() -> None:

@@ -76,6 +76,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (edited(lambda facts: facts["output"]["prompt_logprobs"].pop()), "prompt_logprobs has 8 values for 10 prompt"),
         (edited(lambda facts: facts["output"]["logprobs"].__setitem__(3, 2.5)), "output.logprobs[3] is 2.5, and a log"),
         (edited(lambda facts: facts["output"]["logprobs"].__setitem__(3, -1e300)), "output.logprobs[3] is -1e+300"),
+        (
+            edited(lambda facts: facts.update(more_outputs=[{"prompt": "p", "token_ids": [1], "logprobs": [-1, -2]}])),
+            "more_outputs[0].logprobs has 2 values for 1 tokens",
+        ),
         (edited(lambda facts: facts["output"]["token_ids"].__setitem__(0, -7)), "output.token_ids[0] is below 0"),
         ('{"schema": "1.0", "kind": "smoke", "title": "t", "facts": {"model": ' + '{"name": ' * 100_000, "nested"),
         (b"\x7fELF\x02\x01\x01\x00" + bytes(range(256)) * 8, "malformed"),

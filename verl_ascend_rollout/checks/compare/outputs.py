@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from verl_ascend_rollout.checks.compare import wording
 from verl_ascend_rollout.checks.compare.reading import Run
 from verl_ascend_rollout.checks.compare.times import different_models
 from verl_ascend_rollout.checks.smoke.measured import Output
-from verl_ascend_rollout.report import Check, Evidence, Verdict
+from verl_ascend_rollout.report import WORST_FIRST, Check, Evidence, Verdict
 
 TOLERANCES: dict[str, float] = {"float32": 1e-3, "float16": 2 * 2.0**-6, "bfloat16": 2 * 2.0**-3}
 """By dtype, how far two log-probabilities of one token may be apart.
@@ -117,6 +117,7 @@ class Agreement:
         equal_tokens: how many tokens of the answers are equal, from the first.
         divergence: the first that differs; `None` where none does.
         prompt, answer: the differences in log-probabilities; of the answer, as far as its tokens are equal.
+        more: of the other prompts that both were given.
     """
 
     checks: tuple[Check, ...]
@@ -126,15 +127,33 @@ class Agreement:
     divergence: Divergence | None = None
     prompt: Differences | None = None
     answer: Differences | None = None
+    more: tuple[Agreement, ...] = ()
 
 
 NAMES = ("outputs.prompt", "outputs.tokens", "outputs.logprobs")
 
 
 def agreement(base: Run, other: Run) -> Agreement:
-    """Compare what two runs said."""
+    """Compare what two runs said; of several prompts, each check is of the one with the worst answer."""
+    first = _of_prompt(base, other, base.smoke.output, other.smoke.output)
+    answers = {output.prompt: output for output in other.smoke.more_outputs}
+    more = tuple(
+        _of_prompt(base, other, output, answers[output.prompt])
+        for output in base.smoke.more_outputs
+        if output.prompt in answers
+    )
+    if not more:
+        return first
+    worst = [
+        min(alike, key=lambda check: WORST_FIRST.index(check.verdict))
+        for alike in zip(first.checks, *(found.checks for found in more), strict=True)
+    ]
+    told = tuple(replace(check, summary=f"{check.summary} (the worst of {len(more) + 1} prompts)") for check in worst)
+    return replace(first, checks=told, more=more)
+
+
+def _of_prompt(base: Run, other: Run, one: Output | None, two: Output | None) -> Agreement:
     pair = f"{other.label} and {base.label}"
-    one, two = base.smoke.output, other.smoke.output
     if one is None or two is None:
         unknown = [run.label for run, output in ((base, one), (other, two)) if output is None]
         return _skipped(f"{pair}: there is no output in the report of {wording.listed(unknown)}")

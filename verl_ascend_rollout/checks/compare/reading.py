@@ -102,7 +102,9 @@ def _problems(smoke: Smoke) -> Iterator[str]:
     """What no run can have measured."""
     yield from _impossible(smoke, "")
     if smoke.output is not None:
-        yield from _ragged(smoke.output)
+        yield from _ragged(smoke.output, "output")
+    for number, output in enumerate(smoke.more_outputs):
+        yield from _ragged(output, f"more_outputs[{number}]")
 
 
 def _impossible(value: Any, where: str) -> Iterator[str]:
@@ -110,7 +112,7 @@ def _impossible(value: Any, where: str) -> Iterator[str]:
         item, place = getattr(value, field.name), f"{where}{field.name}"
         if dataclasses.is_dataclass(item):
             yield from _impossible(item, f"{place}.")
-        elif place in ("output.logprobs", "output.prompt_logprobs"):
+        elif field.name in ("logprobs", "prompt_logprobs"):
             for position, log_probability in enumerate(item):
                 if not LOWEST <= log_probability <= ABOVE_ZERO:
                     yield f"{place}[{position}] is {log_probability:.6g}, and a log-probability is at most 0"
@@ -137,13 +139,13 @@ def _told(value: float) -> str:
     return "larger than any machine's" if isinstance(value, int) else f"{value:.6g}, which is more than 30 years"
 
 
-def _ragged(output: Output) -> Iterator[str]:
+def _ragged(output: Output, where: str) -> Iterator[str]:
     if output.logprobs and len(output.logprobs) != len(output.token_ids):
-        yield f"output.logprobs has {len(output.logprobs)} values for {len(output.token_ids)} tokens"
+        yield f"{where}.logprobs has {len(output.logprobs)} values for {len(output.token_ids)} tokens"
     asked = max(0, len(output.prompt_token_ids) - 1)
     if output.prompt_logprobs and len(output.prompt_logprobs) != asked:
         yield (
-            f"output.prompt_logprobs has {len(output.prompt_logprobs)} values for "
+            f"{where}.prompt_logprobs has {len(output.prompt_logprobs)} values for "
             f"{len(output.prompt_token_ids)} prompt tokens, of which the first has none"
         )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 from verl_ascend_rollout.checks.compare import explain, next_steps, wording
+from verl_ascend_rollout.checks.compare.outputs import Agreement
 from verl_ascend_rollout.checks.compare.pairs import SideBySide
 from verl_ascend_rollout.checks.compare.reading import Run
 from verl_ascend_rollout.checks.compare.times import LOAD_PARTS, graphs
@@ -219,26 +220,26 @@ def _output(run: Run) -> Section:
 def _agreement(found: SideBySide) -> Section:
     rows = []
     for pair in found.pairs:
-        agreed = pair.agreement
-        tokens = wording.number(agreed.equal_tokens) if agreed.equal_tokens is not None else "not compared"
-        gap = agreed.divergence.gap if agreed.divergence else None
-        rows.append(
-            (
-                pair.other.label,
-                tokens,
-                "-" if agreed.divergence is None else f"token {agreed.divergence.position}",
-                "-" if gap is None else f"{gap:.3g}",
-                agreed.prompt.told() if agreed.prompt else "not compared",
-                agreed.answer.told() if agreed.answer else "not compared",
-                "-" if agreed.tolerance is None else f"{agreed.tolerance:.3g}",
-            )
-        )
+        for number, agreed in enumerate((pair.agreement, *pair.agreement.more), 1):
+            rows.append((pair.other.label + (f", prompt {number}" if pair.agreement.more else ""), *_agreed(agreed)))
     columns = ("against the baseline", "equal tokens", "differs at", "gap there", "prompt", "answer", "tolerance")
     text = (
         f"Baseline: {found.runs[0].label}. Log-probabilities are natural logarithms; the answer's are compared as far "
         "as its tokens are equal."
     )
     return Section("Agreement of the outputs", text, columns, tuple(rows))
+
+
+def _agreed(agreed: Agreement) -> tuple[str, ...]:
+    gap = agreed.divergence.gap if agreed.divergence else None
+    return (
+        wording.number(agreed.equal_tokens) if agreed.equal_tokens is not None else "not compared",
+        "-" if agreed.divergence is None else f"token {agreed.divergence.position}",
+        "-" if gap is None else f"{gap:.3g}",
+        agreed.prompt.told() if agreed.prompt else "not compared",
+        agreed.answer.told() if agreed.answer else "not compared",
+        "-" if agreed.tolerance is None else f"{agreed.tolerance:.3g}",
+    )
 
 
 def _load(found: SideBySide) -> Iterator[Section]:
