@@ -12,6 +12,9 @@ from verl_ascend_rollout.checks.compare.reading import Run
 from verl_ascend_rollout.checks.compare.times import LOAD_PARTS, Comparison, graphs, has_graphs
 from verl_ascend_rollout.checks.smoke.measured import Call
 
+ALIKE = 0.02
+"""Share of a load time within which another is about as long."""
+
 LARGE_PART = 0.1
 """Share of a difference from which a part of it is named."""
 
@@ -49,6 +52,8 @@ def of_load(base: Run, other: Run, compared: dict[str, Comparison]) -> Iterator[
                 differences.append((abs(two - one), f"{title} ({wording.seconds(one)} and {wording.seconds(two)})"))
         told = [text for _, text in sorted(differences, reverse=True)]
         line = f"{other.label} took {wording.seconds(abs(apart))} {word} than {base.label}"
+        if abs(apart) < ALIKE * total.base:
+            line, told = f"{other.label} took about as long as {base.label}", []
         yield f"{line}, most of it in {wording.listed(told)}." if told else f"{line}."
     yield from _capture(base, other)
     yield from _toolchain(base, other)
@@ -94,7 +99,7 @@ def first_and_warm(run: Run) -> Iterator[str]:
         return
     share = first.seconds / warm.seconds
     caching = run.smoke.engine is not None and run.smoke.engine.prefix_caching
-    cached = ", the prefill among it, as the warm call finds the prompt in the prefix cache" if caching else ""
+    cached = ", the prefill among it, as the warm call may find the prompt in the prefix cache" if caching else ""
     if share >= 1.1:
         yield (
             f"{run.label}: the first call took {share:.3g} times as long as the same call again: "

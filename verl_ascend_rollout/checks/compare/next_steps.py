@@ -14,8 +14,12 @@ MOST = 12
 
 def of(runs: Sequence[Run], compared: Sequence[Mapping[str, Comparison]]) -> Iterator[str]:
     """One sentence for each thing that was not run, not recorded, or not comparable."""
+    alike: dict[str, list[str]] = {}
     for run in runs:
-        yield from _of_run(run)
+        for step in _of_run(run):
+            alike.setdefault(step, []).append(run.label)
+    for step, labels in alike.items():
+        yield f"{wording.listed(labels)}: {step}"
     yield from _of_modes(runs)
     yield from _of_experts(runs)
     yield from _of_calls(runs, compared)
@@ -23,22 +27,22 @@ def of(runs: Sequence[Run], compared: Sequence[Mapping[str, Comparison]]) -> Ite
 
 def _of_run(run: Run) -> Iterator[str]:
     if run.smoke.ended_in != "done":
-        yield f"{run.label}: find out why smoke ended in {wording.name(run.smoke.ended_in, 40)}, and run it again."
+        yield f"find out why smoke ended in {wording.name(run.smoke.ended_in, 40)}, and run it again."
     for check in [check for check in run.report.checks if check.verdict != "pass"][:MOST]:
         words = {"skip": "was skipped", "unknown": "could not be told", "warn": "warns", "fail": "failed"}
         summary = wording.quoted(check.summary, 200).rstrip(".")
-        yield f"{run.label}: `{wording.name(check.name, 60)}` {words[check.verdict]}: {summary}."
+        yield f"`{wording.name(check.name, 60)}` {words[check.verdict]}: {summary}."
     if run.stand_in:
         platform = wording.name(run.smoke.platform.name, 20).upper() if run.smoke.platform else "device"
-        yield f"{run.label}: run the same smoke on a real {platform}: times and device memory are still to be measured."
+        yield f"run the same smoke on a real {platform}: times and device memory are still to be measured."
     if run.smoke.model is not None and run.smoke.model.tiny:
-        yield f"{run.label}: run smoke with a real model: the toy of --tiny has random weights and next to no work."
+        yield "run smoke with a real model: the toy of --tiny has random weights and next to no work."
     if run.smoke.ended_in == "done" and run.smoke.warm is None:
-        yield f"{run.label}: it has no warm call: run it with a release of smoke that makes one."
+        yield "there is no warm call: run it with a release of smoke that makes one."
     unknown = len(run.smoke.warnings.unknown)
-    if unknown:
+    if unknown and not any("warnings" in check.name and check.verdict != "pass" for check in run.report.checks):
         kinds = "kind of warning that is" if unknown == 1 else "kinds of warning that are"
-        yield f"{run.label}: look at {unknown:,} {kinds} not known here."
+        yield f"look at {unknown:,} {kinds} not known here."
 
 
 def _of_modes(runs: Sequence[Run]) -> Iterator[str]:

@@ -163,11 +163,12 @@ def _given(labels: Sequence[str]) -> list[str]:
 def _derived(runs: Sequence[Run]) -> list[str]:
     labels = [_label(_description(run)) or "report" for run in runs]
     if len(set(labels)) < len(labels):
-        # The same stack twice is most often compared for this.
-        labels = [
+        # The same stack twice is most often compared for the graphs.
+        modes = [
             _label(label + _mode(run)) if labels.count(label) > 1 else label
             for label, run in zip(labels, runs, strict=True)
         ]
+        labels = modes if len(set(modes)) > len(set(labels)) else labels
     numbers: dict[str, int] = {}
     unique = []
     for label in labels:

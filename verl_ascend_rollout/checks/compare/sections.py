@@ -164,7 +164,7 @@ CONFIGURATION: tuple[Row, ...] = (
     ("data parallel", _of_engine("data_parallel")),
     ("expert parallel", _of_engine("expert_parallel")),
     ("eager", _of_engine("eager")),
-    ("why", _of_engine("eager_reason")),
+    ("why", lambda run: wording.quoted(run.smoke.engine.eager_reason) if run.smoke.engine else wording.UNKNOWN),
     ("graph mode", _of_engine("graph_mode")),
     ("graphs captured", _of_engine("graphs_captured")),
     ("attention", _of_engine("attention_backend")),
@@ -272,8 +272,8 @@ def _comparable(found: SideBySide) -> Section:
     rows = []
     for pair in found.pairs:
         for comparison in pair.compared.values():
-            if comparison.base is None and comparison.value is None:
-                continue
+            if not comparison.base and not comparison.value:
+                continue  # neither has any of it, or neither has recorded it
             shown = comparison.quantity.shown
             if comparison.refused:
                 verdict, why = "not compared", "; ".join(comparison.refused)
@@ -327,9 +327,7 @@ def _observations(found: SideBySide) -> Iterator[str]:
                     f"{shown(comparison.base)} in {pair.base.label}: {ratio_of(comparison)}."
                 )
         refused = sum(
-            bool(comparison.refused)
-            for comparison in pair.compared.values()
-            if not (comparison.base is None and comparison.value is None)
+            bool(comparison.refused) for comparison in pair.compared.values() if comparison.base or comparison.value
         )
         yield f"{pair.other.label} against {pair.base.label}: {len(compared)} numbers are compared, {refused} are not."
 
@@ -352,7 +350,8 @@ def _notes(run: Run) -> Iterator[str]:
         kit = "CANN" if platform.name == "npu" else "CUDA"
         facts += [f"{kit} {_shown(platform.toolkit)}", f"driver {_shown(platform.driver)}"]
     if platform.name == "cpu":
-        facts.append(f"{_shown(platform.threads)} threads")
+        threads = platform.threads
+        facts.append(f"threads {wording.UNKNOWN}" if threads is None else wording.many(threads, "thread"))
         facts.append(f"kernels chosen by {_shown(platform.isa)}")
     engine = run.smoke.engine
     if engine is not None and engine.eager_reason.strip():
@@ -361,24 +360,29 @@ def _notes(run: Run) -> Iterator[str]:
 
 
 def _warnings(found: SideBySide) -> Iterator[Section]:
-    for title, field, columns in (
-        ("Warnings that are known to be harmless", "harmless", ("report", "times", "line", "why it is harmless")),
-        ("Warnings that are not known here", "unknown", ("report", "times", "line")),
+    for title, field in (
+        ("Warnings that are known to be harmless", "harmless"),
+        ("Warnings that are not known here", "unknown"),
     ):
-        rows: list[tuple[str, ...]] = []
+        kinds: dict[str, Warned] = {}
         for run in found.runs:
-            lines: tuple[Warned, ...] = getattr(run.smoke.warnings, field)
-            for warned in lines[:MOST_WARNINGS]:
-                row = (run.label, wording.number(warned.count), wording.quoted(warned.text, 240))
-                why = (
-                    f"{wording.quoted(warned.why, 240)} ({wording.quoted(warned.source, 120) or 'source not recorded'})"
-                )
-                rows.append((*row, why) if field == "harmless" else row)
-            if len(lines) > MOST_WARNINGS:
-                more = f"{len(lines) - MOST_WARNINGS:,} more kinds, in its own report"
-                rows.append((run.label, "", more) + (("",) if field == "harmless" else ()))
-        counts = [f"{run.label}: {len(getattr(run.smoke.warnings, field)):,}" for run in found.runs]
-        yield Section(title, f"Kinds of line, by report: {', '.join(counts)}.", columns if rows else (), tuple(rows))
+            for warned in getattr(run.smoke.warnings, field):
+                kinds.setdefault(warned.text, warned)
+        rows: list[tuple[str, ...]] = []
+        for text, warned in list(kinds.items())[:MOST_WARNINGS]:
+            counts = [_times(run, field, text) for run in found.runs]
+            why = f"{wording.quoted(warned.why, 240)} ({wording.quoted(warned.source, 120) or 'source not recorded'})"
+            rows.append((wording.quoted(text, 240), *counts, *([why] if field == "harmless" else [])))
+        told = f"How often each line came. {len(kinds):,} kinds in all."
+        if len(kinds) > MOST_WARNINGS:
+            told += f" The first {MOST_WARNINGS} are shown; the reports have them all."
+        columns = ("line", *(run.label for run in found.runs), *(["why it is harmless"] if field == "harmless" else []))
+        yield Section(title, told if rows else "None.", columns if rows else (), tuple(rows))
+
+
+def _times(run: Run, field: str, text: str) -> str:
+    lines: tuple[Warned, ...] = getattr(run.smoke.warnings, field)
+    return wording.number(sum(warned.count for warned in lines if warned.text == text))
 
 
 def _command(run: Run) -> str:
