@@ -208,11 +208,14 @@ def _answers(pair: str, base: Run, other: Run, one: Output, two: Output, asked: 
     equal = _equal(one.token_ids, two.token_ids)
     divergence = _divergence(one, two, equal)
     prompt = Differences.of(one.prompt_logprobs, two.prompt_logprobs)
-    answer = None
+    said: tuple[Sequence[float], Sequence[float]] = ((), ())
     if one.logprobs and two.logprobs:
-        answer = Differences.of(one.logprobs[:equal], two.logprobs[:equal])
+        said = one.logprobs[:equal], two.logprobs[:equal]
+    answer = Differences.of(*said)
+    asked_with = (one.prompt_logprobs, two.prompt_logprobs) if prompt else ((), ())
+    both = Differences.of((*asked_with[0], *said[0]), (*asked_with[1], *said[1]))
     tokens = _tokens(pair, one, two, equal, divergence, tolerance)
-    logprobs = _logprobs(pair, prompt, answer, tolerance, reason)
+    logprobs = _logprobs(pair, prompt, answer, both, tolerance, reason)
     checks = tuple(_doubted(check, doubts) for check in (asked, tokens, logprobs))
     return Agreement(checks, tolerance, reason, equal, divergence, prompt, answer)
 
@@ -292,22 +295,26 @@ def _chosen(token: int | None, logprob: float | None) -> str:
 
 
 def _logprobs(
-    pair: str, prompt: Differences | None, answer: Differences | None, tolerance: float, reason: str
+    pair: str,
+    prompt: Differences | None,
+    answer: Differences | None,
+    both: Differences | None,
+    tolerance: float,
+    reason: str,
 ) -> Check:
+    """By the correlation of prompt and answer together: greedy tokens alone are all likely, and so differ in little."""
     name = NAMES[2]
-    found = [(what, differences) for what, differences in (("prompt", prompt), ("answer", answer)) if differences]
-    if not found:
+    if both is None:
         return Check(name, "unknown", f"{pair}: log-probabilities of the same tokens are not recorded in both")
+    found = [(what, differences) for what, differences in (("prompt", prompt), ("answer", answer)) if differences]
     evidence = tuple(Evidence(f"facts.output, {what}", differences.told()) for what, differences in found)
-    largest = max(differences.largest for _, differences in found)
-    pearson = min((d.pearson for _, d in found if d.pearson is not None), default=None)
+    largest, pearson = both.largest, both.pearson
     verdict: Verdict = "pass"
     if largest > FAR * tolerance or (pearson is not None and pearson < UNLIKE):
         verdict = "fail"
     elif largest > tolerance or (pearson is not None and pearson < ALIKE):
         verdict = "warn"
-    values = sum(differences.count for _, differences in found)
-    summary = f"{pair}: {values:,} log-probabilities of the same tokens differ by {largest:.3g} at most"
+    summary = f"{pair}: {both.count:,} log-probabilities of the same tokens differ by {largest:.3g} at most"
     if pearson is not None:
         summary += f", Pearson {pearson:.5f}"
     summary += f"; tolerance {tolerance:.3g} ({reason}) and {ALIKE}"

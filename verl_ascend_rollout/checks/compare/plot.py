@@ -66,6 +66,8 @@ def draw(found: SideBySide, path: str | os.PathLike[str]) -> None:
             _calls(panels[0][1], found, labels)
             _rates(panels[1][0], found, labels)
             _memory(panels[1][1], found, labels)
+            models = {wording.name(run.smoke.model.name, 60) for run in found.runs if run.smoke.model}
+            figure.suptitle(wording.clipped(" and ".join(sorted(models)), 120), fontsize=11)
             if lines:
                 figure.text(0.01, 0.008, "\n".join(lines), fontsize=8, va="bottom", ha="left", color="#333333")
             figure.savefig(path, dpi=130)

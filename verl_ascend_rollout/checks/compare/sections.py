@@ -329,7 +329,7 @@ def _observations(found: SideBySide) -> Iterator[str]:
         refused = sum(
             bool(comparison.refused) for comparison in pair.compared.values() if comparison.base or comparison.value
         )
-        yield f"{pair.other.label} against {pair.base.label}: {len(compared)} numbers are compared, {refused} are not."
+        yield f"{pair.other.label} against {pair.base.label}: compared numbers {len(compared)}, refused {refused}."
 
 
 def _notes(run: Run) -> Iterator[str]:
