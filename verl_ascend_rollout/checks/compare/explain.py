@@ -186,7 +186,7 @@ def _engines(base: Run, other: Run) -> Iterator[str]:
 
 def _releases(base: Run, other: Run) -> Iterator[str]:
     if base.vllm and other.vllm and base.vllm.partition("+")[0] != other.vllm.partition("+")[0]:
-        yield (
-            f"{other.label} is vLLM {wording.name(other.vllm, 40)}, {base.label} {wording.name(base.vllm, 40)}: what "
-            "differs between the releases is not told from what differs between the machines."
-        )
+        told = f"{other.label} is vLLM {wording.name(other.vllm, 40)}, {base.label} {wording.name(base.vllm, 40)}"
+        if machine(base) != machine(other):
+            told += ": what differs between the releases is not told from what differs between the machines"
+        yield f"{told}."

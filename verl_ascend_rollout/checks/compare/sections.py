@@ -373,7 +373,7 @@ def _warnings(found: SideBySide) -> Iterator[Section]:
             counts = [_times(run, field, text) for run in found.runs]
             why = f"{wording.quoted(warned.why, 240)} ({wording.quoted(warned.source, 120) or 'source not recorded'})"
             rows.append((wording.quoted(text, 240), *counts, *([why] if field == "harmless" else [])))
-        told = f"How often each line came. {len(kinds):,} kinds in all."
+        told = f"How often each line came. {wording.many(len(kinds), 'kind')} in all."
         if len(kinds) > MOST_WARNINGS:
             told += f" The first {MOST_WARNINGS} are shown; the reports have them all."
         columns = ("line", *(run.label for run in found.runs), *(["why it is harmless"] if field == "harmless" else []))

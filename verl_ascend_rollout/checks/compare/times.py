@@ -281,6 +281,11 @@ def _remarks(quantity: Quantity, base: Run, other: Run) -> Iterator[str]:
         modes = [graphs(run) for run in (base, other)]
         if modes[0] != modes[1]:
             yield f"{modes[0]} and {modes[1]}"
+        threads = [run.smoke.platform.threads if run.smoke.platform else None for run in (base, other)]
+        if None not in threads and threads[0] != threads[1]:
+            yield f"{threads[0]} and {threads[1]} threads"
+    if base.vllm and other.vllm and quantity.topic != "memory" and _release(base) != _release(other):
+        yield f"vLLM {_release(base)} and {_release(other)}"
     if quantity.topic == "warm":
         calls = [run.smoke.warm for run in (base, other)]
         repeats = [call.repeats for call in calls if call is not None]
@@ -296,6 +301,8 @@ def _remarks(quantity: Quantity, base: Run, other: Run) -> Iterator[str]:
             yield f"{wording.number(captured[0])} graphs and {wording.number(captured[1])}"
     if quantity.name in ("load.weights", "load.total"):
         yield "whether the files lay in the machine's file cache is not recorded"
+    if quantity.name == "memory.weights" and quantity.of(base.smoke) != quantity.of(other.smoke):
+        yield "as they lie in memory: kernels may want them padded or repacked"
     if quantity.name in ("memory.kv_cache", "memory.kv_tokens"):
         yield "a setting decides it: what vLLM is given of the memory, less the weights"
     models = base.smoke.model, other.smoke.model
@@ -306,6 +313,10 @@ def _remarks(quantity: Quantity, base: Run, other: Run) -> Iterator[str]:
         and quantity.topic != "memory"
     ):
         yield "whether the weights are the same is not recorded"
+
+
+def _release(run: Run) -> str:
+    return wording.name((run.vllm or "").partition("+")[0], 40)
 
 
 def has_graphs(run: Run) -> bool | None:
