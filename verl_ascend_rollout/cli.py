@@ -17,6 +17,7 @@ from packaging.version import InvalidVersion, Version
 
 from verl_ascend_rollout import ROLLOUT_NAME, __version__, events, job_config, timeline
 from verl_ascend_rollout.bench import cli as bench
+from verl_ascend_rollout.checks.compare import cli as compare
 from verl_ascend_rollout.checks.doctor import cli as doctor
 from verl_ascend_rollout.options import KVRung, OnUnsafe
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, PlatformName, Soc
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("--json", action="store_true", help="print JSON")
     drawn.set_defaults(run=lambda arguments: timeline.run(arguments.events, arguments.out, as_json=arguments.json))
     doctor.add_parser(commands)
+    compare.add_parser(commands)
     return parser
 
 

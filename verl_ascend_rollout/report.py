@@ -94,6 +94,7 @@ class Section:
         columns: the table's headings.
         rows: the table's cells, as many in each row as there are columns.
         verbatim: shown as it is: an engine's output, a script.
+        before_checks: shown before the facts and the checks: what people look at first.
     """
 
     title: str
@@ -101,6 +102,7 @@ class Section:
     columns: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     verbatim: str = ""
+    before_checks: bool = False
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -121,7 +123,7 @@ class Report:
         title: the heading.
         facts: what was found or measured, as JSON values; in bytes and seconds, with the unit in the name.
         checks: in the order in which they are shown.
-        sections: what is shown after the checks.
+        sections: what is shown after the checks, or before them where they say so.
         created: when, in UTC, as ISO 8601.
         schema: version of this form, `SCHEMA`.
     """
@@ -190,7 +192,7 @@ class Report:
         """
         try:
             head = msgspec.json.decode(text, type=_Head)
-            major = int(re.fullmatch(r"(\d+)\.\d+", head.schema)[1])  # type: ignore[index]
+            major = int(re.fullmatch(r"([0-9]{1,9})\.[0-9]{1,9}", head.schema)[1])  # type: ignore[index]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
             raise ReportError(f"{name} is no report of ascend-safe: {_reason(error)}") from None
         if major != int(SCHEMA.partition(".")[0]):
@@ -230,7 +232,10 @@ def read(path: str | os.PathLike[str]) -> Report:
             raise ReportError(
                 f"{file} has {size / 2**20:.0f} MiB, and a report has at most {LARGEST / 2**20:.0f}: it is none"
             )
-        text = file.read_bytes()
+        with file.open("rb") as opened:
+            text = opened.read(LARGEST + 1)  # a pipe or a device has no size
+        if len(text) > LARGEST:
+            raise ReportError(f"{file} has more than {LARGEST / 2**20:.0f} MiB, and no report has: it is none")
     except OSError as error:
         raise ReportError(f"{file} cannot be read: {error.strerror}") from None
     return Report.from_json(text, str(file))
@@ -294,6 +299,9 @@ def _finite(value: Any) -> Any:
 
 def _markdown(report: Report) -> str:
     blocks = [f"# {_line(report.title)}", f"**{report.verdict_line()}** ({report.kind}, {report.created})"]
+    for section in report.sections:
+        if section.before_checks:
+            blocks += _section(section)
     if report.facts:
         rows = tuple((name, _shown(value)) for name, value in _flat(report.facts))
         blocks += ["## Facts", markdown_table(("fact", "value"), rows)]
@@ -306,15 +314,21 @@ def _markdown(report: Report) -> str:
             if check.evidence or check.advice:
                 blocks.append("\n".join(_details(check)))
     for section in report.sections:
-        blocks.append(f"## {_line(section.title)}")
-        if section.text:
-            blocks.append(section.text.strip())
-        if section.columns:
-            blocks.append(markdown_table(section.columns, section.rows))
-        if section.verbatim:
-            blocks.append(_fenced(section.verbatim))
+        if not section.before_checks:
+            blocks += _section(section)
     blocks.append(f"Verdict: **{report.verdict_line()}**")
     return "\n\n".join(blocks) + "\n"
+
+
+def _section(section: Section) -> list[str]:
+    blocks = [f"## {_line(section.title)}"]
+    if section.text:
+        blocks.append(section.text.strip())
+    if section.columns:
+        blocks.append(markdown_table(section.columns, section.rows))
+    if section.verbatim:
+        blocks.append(_fenced(section.verbatim))
+    return blocks
 
 
 def markdown_table(columns: tuple[str, ...], rows: tuple[tuple[str, ...], ...]) -> str:
