@@ -492,8 +492,60 @@ def test_a_first_sync_that_breaks_off_leaves_the_kernels_weight_in_place() -> No
     model, plan = blocked(), Plan()
     kernel = model.experts.w2_weight
     tensors = expert_tensors(1)
-    with pytest.raises(WeightSyncError, match="missing from the stream: experts.w2_weight; 1 parameters refused"):
+    with pytest.raises(WeightSyncError, match=r"missing from the stream: experts\.w2_weight; 1 parameters refused"):
         sync(model, [("0", tensors["0"]), ("1", tensors["1"][:, :5])], plan)
     assert model.experts.w2_weight is kernel
     sync(model, tensors.items(), plan)
     assert torch.equal(kernel, packed_from(tensors))
+
+
+def _halves(seed: int, rows: int) -> dict[str, torch.Tensor]:
+    return {
+        f"{expert}{part}": half.contiguous()
+        for expert, tensor in expert_tensors(seed).items()
+        for part, half in (("a", tensor[:rows]), ("b", tensor[rows:]))
+    }
+
+
+@pytest.mark.parametrize("rows", [16, 24])
+def test_experts_that_come_in_parts_are_packed_whether_or_not_a_part_is_whole_blocks(rows: int) -> None:
+    model, plan = blocked(), Plan()
+    kernel = model.experts.w2_weight
+
+    def load_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        for name, tensor in weights:
+            place = model.experts.w2_weight.data[int(name[0])]
+            (place[:rows] if name[1] == "a" else place[rows:]).copy_(tensor)
+        return {"experts.w2_weight"}
+
+    model.load_weights = load_weights
+    for seed in range(3):
+        sync(model, _halves(seed, rows).items(), plan, compare=True)
+        assert model.experts.w2_weight is kernel
+        assert torch.equal(kernel, packed_from(expert_tensors(seed)))
+        assert bool(plan.packed) is (rows == 16)
+
+
+def test_a_tensor_that_comes_otherwise_finds_its_place_in_a_layer_that_is_rebuilt() -> None:
+    """Where nothing has come yet, the layer has no memory when its loader is asked."""
+    model, plan = processed(HIDDEN, INTERMEDIATE, reverse), Plan()
+    tensors = checkpoint(HIDDEN, INTERMEDIATE, 0)
+    sync(model, tensors.items(), plan)
+    first, *rest = checkpoint(HIDDEN, INTERMEDIATE, 1).items()
+    sync(model, [(first[0], first[1].float()), *rest], plan, compare=True)
+    again = processed(HIDDEN, INTERMEDIATE, reverse)
+    sync(again, checkpoint(HIDDEN, INTERMEDIATE, 1).items(), Plan())
+    assert torch.equal(model.experts.packed_w2_weight, again.experts.packed_w2_weight)
+    assert torch.equal(model.experts.packed_w13_weight, again.experts.packed_w13_weight)
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+def test_without_verification_a_layer_of_which_a_parameter_is_missing_is_not_made_up(replayed: bool) -> None:
+    model, plan = processed(HIDDEN, INTERMEDIATE, reverse), Plan()
+    tensors = checkpoint(HIDDEN, INTERMEDIATE, 0)
+    sync(model, tensors.items(), plan)
+    part = [(name, tensor) for name, tensor in tensors.items() if not name.endswith("w2")]
+    with pytest.raises(WeightSyncError, match=r"Nothing came for experts\.w2_weight, and the rest of that layer did"):
+        sync(model, part, plan if replayed else Plan(), complete=False)
+    sync(model, tensors.items(), plan)
+    assert torch.equal(model.experts.packed_w2_weight.flip(0)[: HIDDEN * INTERMEDIATE], tensors["0.w2"].flatten())

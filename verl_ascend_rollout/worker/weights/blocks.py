@@ -13,6 +13,7 @@ be more than one, the layer is rebuilt instead (see `staging`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,14 +58,9 @@ class Blocks:
         Args:
             tensor: shape (..., rows, columns); copied where groups of its elements do not lie together.
         """
-        *experts, rows, columns = tensor.shape
-        integers = self.integers(
-            tensor if self._groups_lie_together(tensor) else tensor.clone(memory_format=torch.contiguous_format)
-        )
-        *strides, row, _ = integers.stride()
-        return integers.as_strided(
-            (*experts, rows // self.rows, columns // self.group, self.rows), (*strides, row * self.rows, 1, row)
-        )
+        if tensor.storage_offset() % self.group or not _groups_lie_together(self, tensor.stride()):
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        return self.integers(tensor).as_strided(*_plain(self, tensor.shape, tensor.stride()))
 
     def region(self, integers: torch.Tensor, region: Region) -> torch.Tensor:
         """A region of a packed weight, which `fits`, as a view.
@@ -76,12 +72,8 @@ class Blocks:
         Returns:
             As from `packed`.
         """
-        *experts, rows, columns = region.size
-        columns //= self.group
         return integers.as_strided(
-            (*experts, rows // self.rows, columns, self.rows),
-            (*[stride // self.group for stride in region.stride[:-2]], self.rows * columns, self.rows, 1),
-            integers.storage_offset() + region.offset // self.group,
+            *_packed(self, region.size, region.stride), integers.storage_offset() + region.offset // self.group
         )
 
     def fits(self, region: Region, weight: tuple[int, ...]) -> bool:
@@ -99,13 +91,35 @@ class Blocks:
         """A tensor with one integer for each group of elements in a row."""
         return tensor.view(_INTEGERS[self.group * tensor.element_size()])
 
-    def _groups_lie_together(self, tensor: torch.Tensor) -> bool:
-        *strides, last = tensor.stride()
-        return (
-            last == 1
-            and tensor.storage_offset() % self.group == 0
-            and all(stride % self.group == 0 for stride in strides)
-        )
+
+# Worked out once for each geometry: there are thousands of experts in a sync.
+
+
+@functools.lru_cache
+def _packed(blocks: Blocks, size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Size and strides, in integers, of whole blocks in a packed weight; the arguments are of checkpoint form."""
+    *experts, rows, columns = size
+    columns //= blocks.group
+    return (
+        (*experts, rows // blocks.rows, columns, blocks.rows),
+        (*[each // blocks.group for each in stride[:-2]], blocks.rows * columns, blocks.rows, 1),
+    )
+
+
+@functools.lru_cache
+def _plain(blocks: Blocks, size: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The same of rows in checkpoint form."""
+    *experts, rows, columns = size
+    *strides, row = [each // blocks.group for each in stride[:-1]]
+    return (
+        (*experts, rows // blocks.rows, columns // blocks.group, blocks.rows),
+        (*strides, row * blocks.rows, 1, row),
+    )
+
+
+@functools.lru_cache
+def _groups_lie_together(blocks: Blocks, stride: tuple[int, ...]) -> bool:
+    return stride[-1] == 1 and all(each % blocks.group == 0 for each in stride[:-1])
 
 
 class DirectWrites:

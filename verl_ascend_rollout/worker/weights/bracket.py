@@ -53,7 +53,7 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest, plan: 
     _refuse_what_cannot_be_loaded(model)
     plan = plan if plan is not None else Plan()
     moe.present_for_loading(model)
-    staging = Staging(model, known=plan.packs_directly if plan.replayable else lambda name: False)
+    staging = Staging(model, plan)
     sync: LoaderPass | ReplayPass = (ReplayPass if plan.replayable else LoaderPass)(model, manifest, plan, staging)
 
     names = tied.aliases(model)

@@ -13,7 +13,9 @@ the loader once more, without letting it write, to see where it goes now.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -49,13 +51,10 @@ class Region:
         """This region of a tensor."""
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
-    @property
+    @functools.cached_property
     def elements(self) -> int:
         """How many elements it has."""
-        count = 1
-        for size in self.size:
-            count *= size
-        return count
+        return math.prod(self.size)
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ class Route:
     copies: tuple[Copy, ...]
 
     def takes(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor comes as it was written down, its memory in order."""
-        return tensor.dtype == self.dtype and tensor.shape == self.shape and tensor.is_contiguous()
+        """Whether a contiguous tensor comes as it was written down."""
+        return tensor.dtype == self.dtype and tensor.shape == self.shape
 
 
 @dataclass
@@ -88,7 +87,7 @@ class Plan:
         routes: by the name that the stream has for a tensor.
         targets: the parameters that are written to, by name, each with the elements that a whole sync writes into it.
         not_plain: tensors that the model's loader does more with than copy; with any, the plan is not replayed.
-        packed: blocked parameters that are copied into directly, each with how it lies.
+        packed: blocked parameters into which nothing but whole blocks is copied, each with how it lies.
         asked_again: whether it has been said that tensors came that were not as written down.
     """
 
@@ -102,10 +101,6 @@ class Plan:
     def replayable(self) -> bool:
         """Whether a later sync can go by this plan."""
         return bool(self.routes) and not self.not_plain
-
-    def packs_directly(self, parameter: str) -> bool:
-        """Whether a blocked parameter is copied into directly: whether all that is written into it is whole blocks."""
-        return parameter in self.packed
 
     def take(self, found: Plan, model: torch.nn.Module) -> None:
         """Take over the routes of a sync that was whole."""

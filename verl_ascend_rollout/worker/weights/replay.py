@@ -13,7 +13,7 @@ import torch
 
 from verl_ascend_rollout.worker.weights.blocks import Blocks
 from verl_ascend_rollout.worker.weights.plan import Copy, NamedTensor, Plan, Recorder, Route, logger
-from verl_ascend_rollout.worker.weights.staging import Staging
+from verl_ascend_rollout.worker.weights.staging import Staging, back
 from verl_ascend_rollout.worker.weights.storage import storage_of
 from verl_ascend_rollout.worker.weights.verify import Manifest, differs, first_line
 
@@ -23,23 +23,22 @@ class _Target:
     """A parameter for the time of a sync.
 
     Attributes:
-        tensor: in checkpoint form, or of blocks as `Blocks.integers` gives them.
-        dtype: of the parameter.
-        shape: of the parameter.
+        parameter: which it is.
+        integers: of one in blocks, as `Blocks.integers` gives them.
         blocks: how it lies, where it is in blocks.
         storage: see `storage_of`.
     """
 
-    tensor: torch.Tensor
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    parameter: torch.nn.Parameter
+    integers: torch.Tensor | None
     blocks: Blocks | None
     storage: int
 
     @classmethod
     def of(cls, parameter: torch.nn.Parameter, blocks: Blocks | None) -> _Target:
-        tensor = parameter.data if blocks is None else blocks.integers(parameter.data)
-        return cls(tensor, parameter.dtype, tuple(parameter.shape), blocks, storage_of(parameter))
+        # Nothing is kept of a staged parameter's memory: its layer lets go of it in the middle of the sync.
+        integers = None if blocks is None else blocks.integers(parameter.data)
+        return cls(parameter, integers, blocks, storage_of(parameter))
 
 
 @dataclass
@@ -93,6 +92,7 @@ class ReplayPass:
         _copy_all(batch)
         if self._manifest.compare:
             self._compare(batch)
+        del batch  # it has views of what layers let go of now
         for storage, elements in written.items():
             self._staging.came(storage, elements)
         self._staging.process_whole_layers()
@@ -147,6 +147,7 @@ class ReplayPass:
 
     def _ask(self, name: str, tensor: torch.Tensor) -> Route | None:
         """Where the model's own loader would put a tensor now; `None`, and noted, where it refuses it."""
+        self._staging.back()
         recorder = Recorder(self._parameters, self._staging.storages(), write=False)
         load_weights: Any = self._model.load_weights
         try:
@@ -163,7 +164,8 @@ class ReplayPass:
         if route is not None:
             for copy in route.copies:
                 target = self._targets[copy.target]
-                if target.blocks is not None and not target.blocks.fits(copy.destination, target.shape):
+                shape = tuple(target.parameter.shape)
+                if target.blocks is not None and not target.blocks.fits(copy.destination, shape):
                     wrong = f"a part of {copy.target} that cannot be packed alone"
         if wrong is not None or route is None:
             self._manifest.refuse(name, f"came otherwise than before, and its loader does {wrong}; sync again")
@@ -175,12 +177,13 @@ class ReplayPass:
         """Put a copy into the batch; the number of elements, and the storage that they go to."""
         target = self._targets[copy.target]
         source = tensor if copy.source is None else copy.source.in_tensor(tensor)
-        if target.blocks is not None:
-            source = source if source.dtype == target.dtype else source.to(target.dtype)
-            batch.destinations.append(target.blocks.region(target.tensor, copy.destination))
+        if target.blocks is not None and target.integers is not None:
+            source = source if source.dtype == target.parameter.dtype else source.to(target.parameter.dtype)
+            batch.destinations.append(target.blocks.region(target.integers, copy.destination))
             batch.sources.append(target.blocks.plain(source))
         else:
-            batch.destinations.append(copy.destination.in_tensor(target.tensor))
+            back(target.parameter)
+            batch.destinations.append(copy.destination.in_tensor(target.parameter.data))
             batch.sources.append(source)
         batch.names.append(name)
         return copy.destination.elements, target.storage

@@ -12,17 +12,22 @@ was staged is let go: memory for one layer at a time, if the weights come layer 
 
 from __future__ import annotations
 
+import math
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from verl_ascend_rollout.worker.weights.blocks import DirectWrites
 from verl_ascend_rollout.worker.weights.layout import LayerRecord, WeightRecord, recorded_layers
 from verl_ascend_rollout.worker.weights.storage import storage_of
+from verl_ascend_rollout.worker.weights.verify import WeightSyncError
+
+if TYPE_CHECKING:
+    from verl_ascend_rollout.worker.weights.plan import Plan
 
 HUGE_PAGE = 2 * 2**20
 """Bytes: from which size on a mapping can have one."""
@@ -50,26 +55,33 @@ class StagedLayer:
     processed: bool = False
     touched: bool = False
 
-    def present(self, known: Callable[[str], bool]) -> None:
-        """Put parameters in checkpoint form in place of the kernels', except for blocked ones of which it is `known`,
-        by the name of the parameter, that nothing but whole blocks is copied into them."""
+    def present(self, plan: Plan) -> None:
+        """Put parameters in checkpoint form in place of the kernels'; where a plan is replayed, not in place of blocked
+        ones into which nothing but whole blocks is copied, and without memory until `back` gives it."""
+        replayed = plan.replayable
         for name, weight in self.record.weights.items():
             parameter = getattr(self.layer, name, None)
             if not isinstance(parameter, torch.nn.Parameter):
                 continue
-            if weight.layout == "repacked" or (weight.layout == "blocked" and not known(f"{self.prefix}.{name}")):
+            known = replayed and f"{self.prefix}.{name}" in plan.packed
+            if weight.layout == "repacked" or (weight.layout == "blocked" and not known):
                 self.kernel[name] = parameter
-                setattr(self.layer, name, _empty(weight))
-                if weight.blocks is not None:
+                setattr(self.layer, name, _unbacked(weight) if replayed else _mapped(weight))
+                if weight.blocks is not None and not replayed:
                     staged = getattr(self.layer, name).data
                     self.direct[name] = DirectWrites(weight.blocks, parameter.data, staged)
-            self.missing[name] = _elements(weight)
+            self.missing[name] = math.prod(weight.shape)
 
     def came(self, name: str, elements: int) -> bool:
         """Note that a part of a parameter has come; whether the layer is whole now."""
         self.touched = True
         self.missing[name] -= elements
         return not self.processed and all(left <= 0 for left in self.missing.values())
+
+    def lacking(self) -> list[str]:
+        """The names of staged parameters of which nothing has come."""
+        whole = {name: math.prod(self.record.weights[name].shape) for name in self.kernel}
+        return [f"{self.prefix}.{name}" for name, elements in whole.items() if 0 < elements <= self.missing[name]]
 
     def process(self) -> None:
         """Rebuild the layer from what came, and let go of what was staged."""
@@ -79,7 +91,11 @@ class StagedLayer:
         if any(weight.blocks is not None for weight in weights.values()):
             for name, kernel in self.kernel.items():
                 # A layer is blocked, or repacked as a whole.
-                self.direct[name].finish()
+                direct, blocks = self.direct.get(name), weights[name].blocks
+                if direct is not None:
+                    direct.finish()
+                elif blocks is not None:
+                    blocks.packed(kernel.data).copy_(blocks.plain(staged[name].data))
                 setattr(self.layer, name, kernel)
         else:
             # Also a layer that has its weights in checkpoint form: its code may have packed a copy of them (lm_head).
@@ -108,16 +124,16 @@ class Staging:
         closed: names by storage of the packed weights of rebuilt layers: nothing may be loaded into them any more.
     """
 
-    def __init__(self, model: torch.nn.Module, known: Callable[[str], bool] = lambda name: False) -> None:
+    def __init__(self, model: torch.nn.Module, plan: Plan) -> None:
         """Present the layers.
 
         Args:
             model: in the state in which it serves.
-            known: see `StagedLayer.present`.
+            plan: see `StagedLayer.present`.
         """
         self.layers = [StagedLayer(prefix, layer, record) for prefix, layer, record in _rebuilt_layers(model)]
         for layer in self.layers:
-            layer.present(known)
+            layer.present(plan)
         # Tied weights belong to several layers.
         self._by_storage: dict[int, list[tuple[StagedLayer, str]]] = {}
         for layer in self.layers:
@@ -146,6 +162,12 @@ class Staging:
         for layer in self.layers:
             # With verify: off, a layer of which nothing came keeps what it had.
             if layer.touched or not layer.missing:
+                lacking = layer.lacking()
+                if lacking and not layer.processed:
+                    raise WeightSyncError(
+                        f"Nothing came for {', '.join(lacking)}, and the rest of that layer did: it is packed as a "
+                        "whole, so all of it has to come, with verify: off as well"
+                    )
                 self._process(layer)
 
     def _process(self, layer: StagedLayer) -> None:
@@ -174,6 +196,12 @@ class Staging:
         """Whether a layer is one of these, rebuilt or left as it was."""
         return any(staged.layer is layer for staged in self.layers)
 
+    def back(self) -> None:
+        """Give all staged parameters memory, for a loader that is asked where it would write."""
+        for layer in self.layers:
+            for name in layer.kernel:
+                back(getattr(layer.layer, name))
+
     def is_processed(self, layer: torch.nn.Module) -> bool:
         """Whether a layer has been rebuilt in this sync."""
         return id(layer) in self._processed
@@ -187,20 +215,31 @@ def _rebuilt_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
             yield prefix, layer, record
 
 
-def _elements(weight: WeightRecord) -> int:
-    elements = 1
-    for size in weight.shape:
-        elements *= size
-    return elements
+def back(parameter: torch.nn.Parameter) -> None:
+    """Give an unbacked parameter its memory.  A second call does nothing, nor does one for any other parameter.
+
+    From the heap, where the next layer finds what this one leaves, in the cache and mapped: in a replay layers come one
+    after the other, and fresh pages take longer than the copies into them.
+    """
+    storage = parameter.untyped_storage()
+    if storage.nbytes() == 0:
+        storage.resize_(parameter.numel() * parameter.element_size())
 
 
-def _empty(weight: WeightRecord) -> torch.nn.Parameter:
+def _unbacked(weight: WeightRecord) -> torch.nn.Parameter:
+    """A parameter as `_mapped` makes it, without memory."""
+    data = torch.empty(weight.shape, dtype=weight.dtype)
+    data.untyped_storage().resize_(0)
+    return _parameter(weight, data)
+
+
+def _mapped(weight: WeightRecord) -> torch.nn.Parameter:
     """A parameter like the one that vLLM made first: its class, its attributes, its shape; its values are undefined.
 
     Its memory is a mapping of its own, which takes room only where it is written, and goes back to the system with the
     parameter: the heap would keep what a layer leaves until all layers have gone.
     """
-    elements = _elements(weight)
+    elements = math.prod(weight.shape)
     # A mapping cannot be empty.
     memory = mmap.mmap(-1, max(elements, 1) * weight.dtype.itemsize)
     if len(memory) >= HUGE_PAGE:
@@ -208,6 +247,10 @@ def _empty(weight: WeightRecord) -> torch.nn.Parameter:
             # A page fault for each 4 KiB would take as long as the copy.
             memory.madvise(mmap.MADV_HUGEPAGE)
     data = torch.frombuffer(memory, dtype=weight.dtype, count=max(elements, 1))[:elements].view(weight.shape)
+    return _parameter(weight, data)
+
+
+def _parameter(weight: WeightRecord, data: torch.Tensor) -> torch.nn.Parameter:
     parameter: torch.nn.Parameter = torch.Tensor._make_subclass(weight.parameter_class, data, False)
     parameter.__dict__.update(weight.attributes)
     return parameter
