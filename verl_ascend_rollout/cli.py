@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 from verl_ascend_rollout import ROLLOUT_NAME, __version__, events, job_config, timeline
 from verl_ascend_rollout.bench import cli as bench
 from verl_ascend_rollout.checks.doctor import cli as doctor
+from verl_ascend_rollout.checks.smoke import cli as smoke
 from verl_ascend_rollout.options import KVRung, OnUnsafe
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, PlatformName, Soc
 from verl_ascend_rollout.platforms.detect import detect, planned
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ascend-safe", description=f"Ask about the {ROLLOUT_NAME} rollout for verl, without starting anything."
+        prog="ascend-safe", description=f"Ask about the {ROLLOUT_NAME} rollout for verl, and check it."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("--json", action="store_true", help="print JSON")
     drawn.set_defaults(run=lambda arguments: timeline.run(arguments.events, arguments.out, as_json=arguments.json))
     doctor.add_parser(commands)
+    smoke.add_parser(commands)
     return parser
 
 

@@ -232,7 +232,9 @@ class Smoke:
         first: the first call of the engine's life.
         warm: the same call again.
         output: what came out of it.
+        more_outputs: what came of the other prompts, where more than one was given; not timed.
         warnings: what was printed.
+        import_fix: whether a folder that hides vLLM was to be got out of the way (`--no-import-fix`: it was not).
         command: the command as it was given, without the program's path.
         ended_in: the phase in which smoke ended: `done`, or the one that failed or timed out.
     """
@@ -246,7 +248,9 @@ class Smoke:
     first: Call | None = None
     warm: Call | None = None
     output: Output | None = None
+    more_outputs: tuple[Output, ...] = ()
     warnings: Warnings = Warnings()
+    import_fix: bool = True
     command: str = ""
     ended_in: str = "done"
 
