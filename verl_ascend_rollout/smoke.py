@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f"ascend-safe smoke needs {', '.join(missing)}, not installed in {sys.executable}: run it with the Python that "
-            f"has vLLM, or pip install {' '.join(missing)}",
+            f"ascend-safe smoke needs {', '.join(missing)}, not installed in {sys.executable}: run it with the Python "
+            f"that has vLLM, or pip install {' '.join(missing)}",
             file=sys.stderr,
         )
         return 2

@@ -26,10 +26,10 @@ INTERRUPTED = 128
 """What a shell adds to the number of the signal that ended a command."""
 
 DESCRIPTION = (
-    "Load a model into vLLM on this machine, generate, check, and write what was found: the same report on every platform.  "
-    "Checks: the engine starts; greedy output is the same each time; log-probabilities are finite and those of Hugging "
-    "Face's model; the KV cache can be given back and taken again; weights can be loaded again; sleep and wake-up; unknown "
-    "warnings.  verl is not needed.  Exit status: 0; 1 where a check failed; 2 for a usage error."
+    "Load a model into vLLM on this machine, generate, check, and write what was found: the same report on every "
+    "platform.  Checks: the engine starts; greedy output is the same each time; log-probabilities are finite and those "
+    "of Hugging Face's model; the KV cache can be given back and taken again; weights can be loaded again; sleep and "
+    "wake-up; unknown warnings.  verl is not needed.  Exit status: 0; 1 where a check failed; 2 for a usage error."
 )
 
 
@@ -91,14 +91,14 @@ def start(arguments: argparse.Namespace) -> int:
         return _bundle(arguments.bundle)
     if arguments.tiny == (arguments.model is not None):
         parser.error("say either a MODEL (a checkpoint's folder, or a name on the hub) or --tiny")
-    out: Path | None = None
+    out = Path()
     try:
         facts = detect(smi=False)
         request.refuse_impossible(_options(arguments, Path()), facts, os.environ)
         out = _make_folder(arguments.out)
         prepared = request.prepare(_options(arguments, out), facts)
     except (RequestError, PlatformError) as error:
-        if out is not None and arguments.out is None:
+        if out != Path() and arguments.out is None:
             _remove_if_empty(out)
         parser.error(redact(str(error)))
     try:

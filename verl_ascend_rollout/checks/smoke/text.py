@@ -14,8 +14,8 @@ GIB, MIB = 2**30, 2**20
 PLATFORMS = {"cpu": "a CPU", "cuda": "a CUDA GPU", "npu": "an Ascend NPU"}
 
 TINY_NOTE = (
-    "The model is a toy with random weights: its text is noise.  What counts is that it is the same noise each time, and "
-    "the same as Hugging Face's."
+    "The model is a toy with random weights: its text is noise.  What counts is that it is the same noise each time, "
+    "and the same as Hugging Face's."
 )
 
 
@@ -152,8 +152,7 @@ def _summary_text(facts: Smoke) -> str:
 
 
 def _configuration(facts: Smoke) -> Iterator[tuple[str, str]]:
-    for name, version in facts.versions.items():
-        yield name, version
+    yield from facts.versions.items()
     engine = facts.engine
     if engine is None:
         return
@@ -180,8 +179,8 @@ def _outputs(facts: Smoke) -> Iterator[Section]:
         template = "through the chat template" if output.chat_template else "without a chat template"
         yield Section(
             name,
-            f"{len(output.prompt_token_ids)} prompt tokens ({template}), {len(output.token_ids)} answer tokens, greedy; "
-            f"ended by {output.finish_reason or NOT_KNOWN}.",
+            f"{len(output.prompt_token_ids)} prompt tokens ({template}), {len(output.token_ids)} answer tokens, "
+            f"greedy; ended by {output.finish_reason or NOT_KNOWN}.",
             verbatim=f"> {output.prompt}\n{output.text}",
         )
     if not outputs:

@@ -20,7 +20,7 @@ PROBE = "probe"
 MIB = 2**20
 
 NEAR = 0.1
-"""Log-probabilities of the tokens at the first place where two answers differ: below this difference it is a near tie."""
+"""Log-probabilities of the tokens at the first place where two answers differ: below this it is a near tie."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,8 @@ def weights(engine: Engine, setting: Setting, before: Baseline) -> Check:
         ),
         Evidence(PROBE, f"own weights: {_answers_evidence(before, own).what}"),
         Evidence(
-            PROBE, f"other weights (each tensor turned by one place): log-probabilities differ by {_shown(changed_by)}"
+            PROBE,
+            f"other weights (each tensor turned by one place): {_answers_evidence(before, others).what}",
         ),
         Evidence(PROBE, f"own weights again, in {seconds[2]:.3f} s: {_answers_evidence(before, own_again).what}"),
     )
@@ -360,7 +361,8 @@ def _where(one: Answer, other: Answer) -> Iterator[Evidence]:
         if token != twin:
             yield Evidence(
                 PROBE,
-                f"token {place} is {token} ({_shown(one.logprobs[place])}) and then {twin} ({_shown(other.logprobs[place])})",
+                f"token {place} is {token} ({_shown(one.logprobs[place])}) and then {twin} "
+                f"({_shown(other.logprobs[place])})",
             )
             return
     if len(one.tokens) != len(other.tokens):

@@ -122,8 +122,7 @@ class SmokeWorker(AscendSafeLifecycle):
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "block_size": block_size,
             "prefix_caching": config.cache_config.enable_prefix_caching,
-            "chunked_prefill": getattr(config.scheduler_config, "enable_chunked_prefill", None)
-            or getattr(config.scheduler_config, "chunked_prefill_enabled", None),
+            "chunked_prefill": _chunked_prefill(config.scheduler_config),
             "tensor_parallel": config.parallel_config.tensor_parallel_size,
             "pipeline_parallel": config.parallel_config.pipeline_parallel_size,
             "data_parallel": config.parallel_config.data_parallel_size,
@@ -196,6 +195,14 @@ def stand_in(maps: Path) -> str:
                         return "a stand-in CANN (fake_cann, on host memory)"
                 return ""
     return ""
+
+
+def _chunked_prefill(config: Any) -> bool | None:
+    for name in ("enable_chunked_prefill", "chunked_prefill_enabled"):
+        value = getattr(config, name, None)
+        if value is not None:
+            return bool(value)
+    return None
 
 
 def _number(value: Any) -> float | None:
