@@ -130,6 +130,11 @@ HARMLESS: tuple[Known, ...] = (
         _on("cpu"),
     ),
     Known(
+        r"\[shutdown\] Process manager: force killing remaining process",
+        "vllm 0.28 v1/utils.py:635",
+        "all was done by then: a process took longer to end than vLLM waits",
+    ),
+    Known(
         r"Pin memory is not supported on CPU",
         "vllm 0.11 platforms/cpu.py:316",
         "memory is pinned for copies to a device, and there is none",

@@ -37,9 +37,11 @@ TINY = Geometry(
     vocabulary=toy_checkpoint.VOCABULARY,
     positions=512,
 )
-TINY_STD = 0.3
-"""Large enough for greedy output that does not repeat a token, and in which (seed 0) no place has two tokens that are
-almost equally likely, which two platforms would choose from differently."""
+TINY_STD = 0.12
+TINY_SEED = 1
+"""What `--seed 0` makes the toy with.  Of the first 40 seeds the one with the least repetitive greedy answer to `PROMPT`
+that has no near tie in it (its closest two tokens differ by 0.029 in log-probability, in float32): there two platforms
+would choose differently, and rightly so."""
 
 TINY_KV_BYTES = 64 * 2**20
 CPU_KV_BYTES = 2**30
@@ -192,7 +194,7 @@ def refuse_impossible(options: Options, facts: PlatformFacts, environ: Mapping[s
 def _make_tiny(options: Options) -> Checkpoint:
     folder = options.out / "tiny-qwen2-moe"
     try:
-        toy_checkpoint.write(folder, TINY, options.seed, TINY_STD, rough=True)
+        toy_checkpoint.write(folder, TINY, TINY_SEED + options.seed, TINY_STD, rough=True)
     except OSError as error:
         raise RequestError(
             f"the toy model cannot be written to {folder}: {error.strerror}; choose another --out"
