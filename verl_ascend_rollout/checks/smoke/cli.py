@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,6 +108,9 @@ def start(arguments: argparse.Namespace) -> int:
     except (reports.ReportError, OSError) as error:
         print(redact(f"ascend-safe: {error}"), file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while no child ran
+        print("ascend-safe: stopped", file=sys.stderr)
+        return INTERRUPTED + signal.SIGINT
     print(text.terminal(report, Smoke.of(report), out))
     return INTERRUPTED + stopped if stopped else report.exit_code
 

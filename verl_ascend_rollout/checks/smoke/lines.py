@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from verl_ascend_rollout.checks.smoke.measured import Warned, Warnings
 
+TRACEBACK = "Traceback (most recent call last)"
 MOST_TEXT = 400
 """Characters of a line that are kept."""
 
@@ -187,7 +188,7 @@ _PYTHON = re.compile(
 _TORCH = re.compile(
     rf"^{_PROCESS}(?:\[rank\d+\]:)?\[?(?P<level>[WEF])\d{{4}} [\d:.]+ +(?:\d+ )?(?P<where>[^\]]*?)\] *(?P<text>.*)$"
 )
-_MARKED = re.compile(rf"^{_PROCESS}\[?(?P<level>WARNING|WARN|ERROR)\]?\b[: ]*(?P<text>.*)$")
+_MARKED = re.compile(rf"^{_PROCESS}\[?(?P<level>WARNING|WARN|ERROR)\b\]?[: ]*(?P<text>.*)$")
 
 
 def plain(line: str) -> str:
@@ -205,6 +206,8 @@ def warning_text(line: str) -> str | None:
         found = match.groupdict()
         if found.get("level") in ("DEBUG", "INFO"):
             return None
+        if found["text"].startswith(("  ", TRACEBACK)):
+            return None  # inside a traceback: the error's own line is what counts
         text = found["text"].strip()
         if found.get("kind"):
             text = f"{found['kind']}: {text}"

@@ -39,9 +39,9 @@ TINY = Geometry(
 )
 TINY_STD = 0.12
 TINY_SEED = 1
-"""What `--seed 0` makes the toy with.  Of the first 40 seeds the one with the least repetitive greedy answer to `PROMPT`
-that has no near tie in it (its closest two tokens differ by 0.029 in log-probability, in float32): there two platforms
-would choose differently, and rightly so."""
+"""What `--seed 0` makes the toy with.  Of the first 40 seeds the one with the least repetitive greedy answer to
+`PROMPT` that has no near tie in it (its closest two tokens differ by 0.029 in log-probability, in float32): there two
+platforms would choose differently, and rightly so."""
 
 TINY_KV_BYTES = 64 * 2**20
 CPU_KV_BYTES = 2**30
@@ -186,8 +186,8 @@ def refuse_impossible(options: Options, facts: PlatformFacts, environ: Mapping[s
     elif wanted > there and (there > 0 or facts.name == "cuda"):
         # None is seen with a stand-in for the NPU's runtime: then the engine has to say.
         raise RequestError(
-            f"--tp {wanted} takes {wanted} devices, and this process may use {there} "
-            f"({facts.visible_devices_variable}): say --tp {max(there, 1)}"
+            f"--tp {wanted} takes {wanted} device{'s' if wanted > 1 else ''}, and this process may use {there} "
+            f"({facts.visible_devices_variable}): " + (f"say --tp {there}" if there else "run it where there is one")
         )
 
 

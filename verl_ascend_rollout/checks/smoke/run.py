@@ -166,7 +166,7 @@ def _engine(request: Request, found: Found, deadline: float, log: Path, show: Sh
         )
     name = "engine.start" if found.phase in ("start", "imports", "engine") else found.phase
     found.checks[name] = _failed(name, ended, found, log, options.timeout)
-    return ended.status if ended.interrupted else 0
+    return ended.signal
 
 
 def _reference(
@@ -191,7 +191,7 @@ def _reference(
     if ended.timed_out or ended.interrupted:
         found.ended_in = name
         found.checks[name] = _failed(name, ended, found, log, request.options.timeout)
-        return ended.status if ended.interrupted else 0
+        return ended.signal
     if not ended.well or "reference" not in found.facts:
         said = found.error or lines.root_error(_log_lines(log)) or _how(ended)
         # Hugging Face's own code may not know the model, or this stack: that says nothing about the engine.
@@ -235,7 +235,6 @@ def _child(
 ) -> Ended:
     file = request.options.out / f".{module}.json"
     file.write_text(json.dumps(asked), encoding="utf-8")
-    command = [sys.executable, "-m", f"verl_ascend_rollout.checks.smoke.{module}", str(file)]
 
     def on_line(line: str) -> None:
         _, mark, step = line.partition(lines.STEP_MARK)
@@ -245,7 +244,7 @@ def _child(
     found.error = ""
     try:
         return supervise(
-            command,
+            child_command(module, file),
             log,
             {**request.environment, **python_path()},
             deadline - time.monotonic(),
@@ -255,6 +254,11 @@ def _child(
         )
     finally:
         file.unlink(missing_ok=True)
+
+
+def child_command(module: str, asked: Path) -> list[str]:
+    """What runs `child` or `reference`."""
+    return [sys.executable, "-m", f"verl_ascend_rollout.checks.smoke.{module}", str(asked)]
 
 
 def python_path(environ: Mapping[str, str] = os.environ) -> dict[str, str]:

@@ -39,14 +39,19 @@ class Ended:
     Attributes:
         status: its exit status; negative: the signal that ended it.
         timed_out: it ran past its time limit, and we ended it.
-        interrupted: the user asked us to stop, and we ended it.
+        signal: by which the user asked us to stop, so that we ended it; 0: nobody asked.
         seconds: how long it ran.
     """
 
     status: int
     timed_out: bool = False
-    interrupted: bool = False
+    signal: int = 0
     seconds: float = 0.0
+
+    @property
+    def interrupted(self) -> bool:
+        """The user asked us to stop."""
+        return self.signal != 0
 
     @property
     def well(self) -> bool:
@@ -97,7 +102,8 @@ def supervise(
         finally:
             os.close(writer)
     family = _Family(child.pid)
-    timed_out = interrupted = False
+    timed_out = False
+    asked = 0
     messages, lines = _Lines(reader), _Tail(log, before)
     try:
         with _stop_asked() as stop:
@@ -109,7 +115,7 @@ def supervise(
                 on_tick()
                 family.look()
                 if stop:
-                    interrupted = True
+                    asked = stop[0]
                     break
                 if time.monotonic() - started > seconds:
                     timed_out = True
@@ -125,7 +131,7 @@ def supervise(
         family.end()
         os.close(reader)
         lines.close()
-    return Ended(child.returncode, timed_out, interrupted, time.monotonic() - started)
+    return Ended(child.returncode, timed_out, asked, time.monotonic() - started)
 
 
 def _give(text: bytes, on_message: Callable[[Message], None]) -> None:
