@@ -147,7 +147,8 @@ def test_child_processes_get_our_package_where_it_is_not_installed(monkeypatch: 
 
 def test_the_parent_imports_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys; from verl_ascend_rollout import smoke, cli; from verl_ascend_rollout.checks.smoke import run, bundle; "
+        "import sys; from verl_ascend_rollout import smoke, cli; "
+        "from verl_ascend_rollout.checks.smoke import run, bundle; "
         "print([name for name in ('torch', 'vllm', 'verl', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -402,13 +403,18 @@ def test_a_stand_in_is_named_everywhere(play: Any, tmp_path: Path, monkeypatch: 
 
 
 def test_out_of_time(play: Any, tmp_path: Path) -> None:
-    hangs = "print('waiting for the moon', flush=True)\ntime.sleep(600)"
+    hangs = (
+        "import signal; signal.signal(signal.SIGTERM, lambda *_: (print('WARNING 11-22 04:00:00 dying', flush=True), "
+        "sys.exit(1)))\nprint('waiting for the moon', flush=True)\ntime.sleep(600)"
+    )
     status, said, report = play({"child": ENGINE.replace("time.sleep(0.5)", hangs)}, "--timeout", "3")
     assert status == 1
     check = next(check for check in report.checks if check.name == "engine.start")
     assert check.verdict == "fail"
     assert check.summary == "the phase 'engine' was not done when the time was up (3 s in all)"
-    assert check.evidence[-1].what == "waiting for the moon"
+    assert check.evidence[-1].what == "waiting for the moon"  # and not what it says when it is ended
+    assert not Smoke.of(report).warnings.unknown
+    assert "dying" in (tmp_path / "out" / "engine.log").read_text()
     assert Smoke.of(report).ended_in == "engine"
     assert all(c.verdict in ("skip", "fail", "pass") for c in report.checks)
     assert "not reached: it ended in the phase 'engine'" in said

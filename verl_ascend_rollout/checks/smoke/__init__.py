@@ -13,11 +13,12 @@ What runs in the process at the prompt, which imports neither torch nor vLLM:
     text        the report for people, and the summary for the terminal
     measured    what a smoke report's facts are: the one schema that smoke writes and compare reads
 
-In the child process, in vLLM's workers, and in a child of its own:
+In a child process each:
 
     child       starts the engine, asks it, and tells what it found
-    engine      vLLM's `LLM`, as the checks use it
-    trials      the checks that need an engine
-    worker      inside vLLM's worker: times, sizes, names, weights
+    engine      (there) vLLM's `LLM`, as the checks use it
+    trials      (there) the checks that need an engine
     reference   Hugging Face's model on the CPU in float32
+
+Inside vLLM's worker it is `verl_ascend_rollout.worker.smoke`.
 """

@@ -54,6 +54,7 @@ class Teller:
 
 
 def main() -> int:
+    """Run the engine that the file asks for; the exit status."""
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     descriptor = int(os.environ.pop(FD_VARIABLE))
     os.set_inheritable(descriptor, False)
@@ -129,8 +130,8 @@ def _run(asked: dict[str, Any], teller: Teller) -> None:
             *(other for other in others if room is None or len(other.tokens) + asked["max_tokens"] <= room),
         ),
         max_tokens=asked["max_tokens"],
-        checkpoint=Path(asked["checkpoint"]) if asked["checkpoint"] else None,
-        why_no_checkpoint=asked["why_no_checkpoint"],
+        files=tuple(asked["files"]),
+        why_no_files=asked["why_no_files"],
         sleep_mode=asked["sleep_mode"],
         why_no_sleep=asked["why_no_sleep"],
         weight_path=asked["weight_path"],

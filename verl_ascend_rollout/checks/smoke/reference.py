@@ -19,6 +19,7 @@ from verl_ascend_rollout.checks.smoke.supervisor import FD_VARIABLE
 
 
 def main() -> int:
+    """Compute what the file asks for; the exit status."""
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     teller = Teller(int(os.environ.pop(FD_VARIABLE)))
     try:

@@ -11,6 +11,7 @@ from typing import Any
 from verl_ascend_rollout import toy_checkpoint
 from verl_ascend_rollout.checks.smoke import checkpoint
 from verl_ascend_rollout.checks.smoke.checkpoint import Checkpoint, CheckpointError
+from verl_ascend_rollout.checks.smoke.lines import STEP_MARK
 from verl_ascend_rollout.decisions import Decisions
 from verl_ascend_rollout.platforms.base import ROOT, PlatformError, PlatformFacts, package_folder
 from verl_ascend_rollout.policy import PolicyError, decide
@@ -25,7 +26,7 @@ MAX_MODEL_LEN = 2048
 """Unless the user says more: a smoke test needs no room for the longest sequence that a model knows."""
 
 MAX_NUM_SEQS = 8
-WORKER = "verl_ascend_rollout.checks.smoke.worker.SmokeWorker"
+WORKER = "verl_ascend_rollout.worker.smoke.SmokeWorker"
 IMPORT_FIX_VARIABLE = "ASCEND_SAFE_IMPORT_FIX"
 
 TINY = Geometry(
@@ -150,6 +151,7 @@ def prepare(options: Options, facts: PlatformFacts, environ: Mapping[str, str] =
         "NO_COLOR": "1",
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
+        "ASCEND_SAFE_STEP_MARK": STEP_MARK,
     }
     if not options.import_fix:
         environment[IMPORT_FIX_VARIABLE] = "0"

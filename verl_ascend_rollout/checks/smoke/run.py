@@ -69,7 +69,9 @@ class Found:
         checks: by name.
         phase: that was begun last.
         phases: seconds of those that ended, by name.
+        error: of a child, in its own words.
         ended_in: `done`, or the phase in which it ended.
+        printed: where the log ends for us, in bytes: what comes after is about our ending it; `None`: all of it counts.
     """
 
     facts: dict[str, Any] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Found:
     phases: dict[str, float] = field(default_factory=dict)
     error: str = ""
     ended_in: str = "done"
+    printed: int | None = None
 
     def take(self, message: Message, show: Show) -> None:
         """Take a message of a child."""
@@ -140,8 +143,8 @@ def _engine(request: Request, found: Found, deadline: float, log: Path, show: Sh
         "prompts": options.prompts,
         "max_tokens": options.max_tokens,
         "repeats": options.repeats,
-        "checkpoint": str(checkpoint.folder.resolve()) if checkpoint is not None and files else "",
-        "why_no_checkpoint": "the model's weights are not in safetensors files on this machine, from which they would "
+        "files": [str(file.resolve()) for file in files],
+        "why_no_files": "the model's weights are not in safetensors files on this machine, from which they would "
         "be loaded again",
         "sleep_mode": bool(sleep_mode.value),
         "why_no_sleep": sleep_mode.reason,
@@ -193,7 +196,7 @@ def _reference(
         found.checks[name] = _failed(name, ended, found, log, request.options.timeout)
         return ended.signal
     if not ended.well or "reference" not in found.facts:
-        said = found.error or lines.root_error(_log_lines(log)) or _how(ended)
+        said = found.error or lines.root_error(_log_lines(log, found.printed)) or _how(ended)
         # Hugging Face's own code may not know the model, or this stack: that says nothing about the engine.
         found.checks[name] = Check(
             name, "unknown", f"the reference could not be computed: {said}", risk="medium", seconds=seconds
@@ -243,7 +246,7 @@ def _child(
 
     found.error = ""
     try:
-        return supervise(
+        ended = supervise(
             child_command(module, file),
             log,
             {**request.environment, **python_path()},
@@ -252,6 +255,8 @@ def _child(
             on_line,
             on_tick,
         )
+        found.printed = ended.printed
+        return ended
     finally:
         file.unlink(missing_ok=True)
 
@@ -275,7 +280,7 @@ def python_path(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def _failed(name: str, ended: Ended, found: Found, log: Path, timeout: float) -> Check:
     """The check of a phase that did not come to its end."""
-    printed = _log_lines(log)
+    printed = _log_lines(log, found.printed)
     last = [lines.plain(line) for line in printed if line.strip()][-LAST_LINES:]
     tail = tuple(Evidence(LOG, line[: lines.MOST_TEXT]) for line in last)
     if ended.interrupted:
@@ -314,8 +319,10 @@ def _how(ended: Ended) -> str:
     return f"its process ended with status {ended.status}, and printed no error"
 
 
-def _log_lines(log: Path) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()
+def _log_lines(log: Path, size: int | None) -> list[str]:
+    """The lines of the log's first `size` bytes, or all of them."""
+    with log.open("rb") as file:
+        return file.read(-1 if size is None else size).decode("utf-8", "replace").splitlines()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -324,7 +331,7 @@ def _log_lines(log: Path) -> list[str]:
 
 def make_report(request: Request, found: Found, log: Path) -> Report:
     """The report of what was found, whole or not."""
-    facts = make_facts(request, found, _log_lines(log))
+    facts = make_facts(request, found, _log_lines(log, found.printed))
     checks = dict(found.checks)
     if "log.warnings" not in request.options.skipped:
         checks["log.warnings"] = _warnings_check(facts)

@@ -41,12 +41,15 @@ class Ended:
         timed_out: it ran past its time limit, and we ended it.
         signal: by which the user asked us to stop, so that we ended it; 0: nobody asked.
         seconds: how long it ran.
+        printed: the log's size in bytes when we began to end it: what comes after is about the end; `None`: it ended by
+            itself.
     """
 
     status: int
     timed_out: bool = False
     signal: int = 0
     seconds: float = 0.0
+    printed: int | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -120,6 +123,7 @@ def supervise(
                 if time.monotonic() - started > seconds:
                     timed_out = True
                     break
+            size = log.stat().st_size if child.poll() is None else None
             family.end()
             child.wait()
             # What was written between the last look and the end.
@@ -131,7 +135,7 @@ def supervise(
         family.end()
         os.close(reader)
         lines.close()
-    return Ended(child.returncode, timed_out, asked, time.monotonic() - started)
+    return Ended(child.returncode, timed_out, asked, time.monotonic() - started, size)
 
 
 def _give(text: bytes, on_message: Callable[[Message], None]) -> None:

@@ -124,7 +124,7 @@ def terminal(report: Report, facts: Smoke, out: Path) -> str:
     for check in clean.checks:
         lines.append(f"{check.verdict.upper():7} {check.name}: {check.summary}")
         if check.verdict in ("fail", "warn"):
-            lines += [f"          {evidence.where}: {evidence.what}" for evidence in check.evidence]
+            lines += [f"          {evidence.where}: {shortened(evidence.what)}" for evidence in check.evidence]
             if check.advice:
                 lines.append(f"          -> {check.advice}")
     if facts.model is not None and facts.model.tiny:

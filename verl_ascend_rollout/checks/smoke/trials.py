@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from verl_ascend_rollout.checks.smoke.engine import Answer, Engine, Prompt
@@ -30,8 +29,8 @@ class Setting:
     Attributes:
         prompts: the user's, the first of which is the one that counts, and others for a batch.
         max_tokens: of each answer.
-        checkpoint: folder of the model's own weights; `None` where they are not on this machine in safetensors.
-        why_no_checkpoint: then why.
+        files: with the model's own weights; none where they are not on this machine in safetensors.
+        why_no_files: then why.
         sleep_mode: whether the engine has it.
         why_no_sleep: then why not.
         weight_path: that the policy chose here.
@@ -40,8 +39,8 @@ class Setting:
 
     prompts: tuple[Prompt, ...]
     max_tokens: int
-    checkpoint: Path | None
-    why_no_checkpoint: str
+    files: tuple[str, ...]
+    why_no_files: str
     sleep_mode: bool
     why_no_sleep: str
     weight_path: str
@@ -213,8 +212,8 @@ def kv_cache(engine: Engine, setting: Setting, before: Baseline) -> Check:
 def weights(engine: Engine, setting: Setting, before: Baseline) -> Check:
     """Load the model's own weights into the running engine, then others, then its own again."""
     name = "weights.reload"
-    if setting.checkpoint is None:
-        return Check(name, "skip", setting.why_no_checkpoint, risk="medium")
+    if not setting.files:
+        return Check(name, "skip", setting.why_no_files, risk="medium")
     if setting.quantization:
         return Check(
             name,
@@ -224,7 +223,7 @@ def weights(engine: Engine, setting: Setting, before: Baseline) -> Check:
         )
     said, answers = [], []
     for changed in (False, True, False):
-        done = engine.ask("ascend_safe_smoke_reload", folder=str(setting.checkpoint), changed=changed)
+        done = engine.ask("ascend_safe_smoke_reload", files=list(setting.files), changed=changed)
         said.append(done)
         engine.forget()
         answers.append(engine.fresh_answers(setting.prompts, setting.max_tokens))

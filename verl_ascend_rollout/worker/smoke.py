@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from verl_ascend_rollout.checks.smoke import checkpoint
-from verl_ascend_rollout.checks.smoke.lines import STEP_MARK
 from verl_ascend_rollout.worker import kv_cache
 from verl_ascend_rollout.worker.lifecycle import AscendSafeLifecycle
 from verl_ascend_rollout.worker.weights import bracket, layout
@@ -30,6 +28,9 @@ STEPS = ("load_model", "determine_available_memory", "initialize_from_config", "
 """What every vLLM worker does between its start and its first request (0.11 to 0.28, v1/worker/*_worker.py)."""
 
 CAPTURE = "capture_model"
+
+MARK_VARIABLE = "ASCEND_SAFE_STEP_MARK"
+"""The environment variable by which smoke says what to print before a step's name, for its progress display."""
 
 _seconds: dict[str, float] = {}
 _running: set[str] = set()
@@ -43,7 +44,9 @@ def timed(name: str, method: Any) -> Any:
         if name in _running:
             return method(*args, **kwargs)
         _running.add(name)
-        print(f"{STEP_MARK}{name}", file=sys.stderr, flush=True)
+        mark = os.environ.get(MARK_VARIABLE)
+        if mark:
+            print(f"{mark}{name}", file=sys.stderr, flush=True)
         if name in STEPS and args:
             _watch_capture(args[0])
         started = time.perf_counter()
@@ -132,11 +135,11 @@ class SmokeWorker(AscendSafeLifecycle):
             "pid": os.getpid(),
         }
 
-    def ascend_safe_smoke_reload(self, folder: str, changed: bool) -> dict[str, Any]:
+    def ascend_safe_smoke_reload(self, files: list[str], changed: bool) -> dict[str, Any]:
         """Load every weight again from a checkpoint's files, as a weight sync of the rollout does.
 
         Args:
-            folder: the checkpoint.
+            files: the checkpoint's, in safetensors.
             changed: load other values: each tensor turned by one place along its last axis, so that sizes and
                 magnitudes stay.
 
@@ -145,14 +148,14 @@ class SmokeWorker(AscendSafeLifecycle):
         """
         from safetensors import safe_open
 
-        def tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+        def tensors(file: str) -> Iterator[tuple[str, torch.Tensor]]:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
                     tensor = opened.get_tensor(name)
                     yield name, tensor.roll(1, -1) if changed and tensor.dim() else tensor
 
         def receive(load: bracket.Loader) -> None:
-            for file in checkpoint.weight_files(Path(folder)):
+            for file in files:
                 load(tensors(file))
 
         return self._ascend_safe_reload(receive)
