@@ -194,6 +194,7 @@ def test_the_bundle_runs_from_anywhere_and_is_the_same_each_time(tmp_path: Path)
         ("INFO 11-22 04:00:00 [cpu.py:145] a warning: none", None),
         ("(EngineCore pid=1) INFO 11-22 04:00:00 [cpu.py:145] WARNING in the text", None),
         ("/lib/x.py:12: UserWarning: look out", "UserWarning: look out"),
+        ("(Worker_TP0 pid=1) WARNING 11-22 04:00:00 [warnings.py:1] /x.py:1: FutureWarning: old", "FutureWarning: old"),
         ("<frozen importlib._bootstrap>:241: DeprecationWarning: old", "DeprecationWarning: old"),
         ("[W1122 05:04:22.147265096 OperatorEntry.cpp:218] Warning: twice", "Warning: twice"),
         ("[rank0]:[W1122 05:02:16.293815410 N.cpp:168] Warning: pad", "Warning: pad"),

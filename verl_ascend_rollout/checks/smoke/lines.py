@@ -154,6 +154,11 @@ HARMLESS: tuple[Known, ...] = (
         _on("cpu"),
     ),
     Known(
+        r"FutureWarning: `torch\.distributed\.all_gather_into_tensor` is deprecated",
+        "torch 2.13 distributed/c10d_logger.py:83",
+        "the old name does the same as the new one",
+    ),
+    Known(
         r"GPU-specific parameter is not supported on Ascend\. parameter=disable_cascade_attn",
         "vllm-ascend 0.28 platform.py:650",
         "cascade attention is a matter of GPUs; vLLM sets the parameter by itself",
@@ -209,6 +214,9 @@ def warning_text(line: str) -> str | None:
         if found["text"].startswith(("  ", TRACEBACK)):
             return None  # inside a traceback: the error's own line is what counts
         text = found["text"].strip()
+        inner = _PYTHON.match(text)
+        if inner is not None:  # logged, as logging.captureWarnings does it
+            text = f"{inner['kind']}: {inner['text']}"
         if found.get("kind"):
             text = f"{found['kind']}: {text}"
         return text[:MOST_TEXT] or None
