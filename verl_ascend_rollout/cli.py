@@ -19,6 +19,7 @@ from verl_ascend_rollout import ROLLOUT_NAME, __version__, events, job_config, t
 from verl_ascend_rollout.bench import cli as bench
 from verl_ascend_rollout.checks.compare import cli as compare
 from verl_ascend_rollout.checks.doctor import cli as doctor
+from verl_ascend_rollout.checks.smoke import cli as smoke
 from verl_ascend_rollout.options import KVRung, OnUnsafe
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, PlatformName, Soc
 from verl_ascend_rollout.platforms.detect import detect, planned
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ascend-safe", description=f"Ask about the {ROLLOUT_NAME} rollout for verl, without starting anything."
+        prog="ascend-safe", description=f"Ask about the {ROLLOUT_NAME} rollout for verl, and check it."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     drawn.add_argument("--json", action="store_true", help="print JSON")
     drawn.set_defaults(run=lambda arguments: timeline.run(arguments.events, arguments.out, as_json=arguments.json))
     doctor.add_parser(commands)
+    smoke.add_parser(commands)
     compare.add_parser(commands)
     return parser
 

@@ -27,6 +27,12 @@ SCHEMA = "1.0"
 LARGEST = 32 * 2**20
 """The largest file that is read as a report, in bytes.  Ours have kilobytes."""
 
+MOST_SHOWN = 8
+"""Entries of a list that a table of facts shows; the JSON has all of them."""
+
+MANY_FACTS = 40
+"""From here on the facts are something to look up, and come after what is to be read."""
+
 Verdict = Literal["pass", "fail", "warn", "skip", "unknown"]
 Confidence = Literal["measured", "read", "inferred"]
 Risk = Literal["none", "low", "medium", "high"]
@@ -302,9 +308,13 @@ def _markdown(report: Report) -> str:
     for section in report.sections:
         if section.before_checks:
             blocks += _section(section)
+    facts = []
     if report.facts:
         rows = tuple((name, _shown(value)) for name, value in _flat(report.facts))
-        blocks += ["## Facts", markdown_table(("fact", "value"), rows)]
+        facts = ["## Facts", markdown_table(("fact", "value"), rows)]
+        if len(rows) < MANY_FACTS:
+            blocks += facts
+            facts = []
     if report.checks:
         rows_of_checks = tuple(
             (check.verdict, check.name, check.summary, check.confidence, check.risk) for check in report.checks
@@ -316,6 +326,7 @@ def _markdown(report: Report) -> str:
     for section in report.sections:
         if not section.before_checks:
             blocks += _section(section)
+    blocks += facts
     blocks.append(f"Verdict: **{report.verdict_line()}**")
     return "\n\n".join(blocks) + "\n"
 
@@ -380,6 +391,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
+        if value and isinstance(value[0], Mapping):
+            return f"{len(value)} (see the JSON)"
+        if len(value) > MOST_SHOWN:
+            return f"{', '.join(_shown(item) for item in value[:MOST_SHOWN])}, ... ({len(value)} in all)"
         return ", ".join(_shown(item) for item in value)
     return str(value)
 

@@ -345,7 +345,7 @@ def _make_tensors(worker: Any) -> None:
 
 def _out_of_memory(worker: Any, kv_cache_config: Any, error: BaseException) -> str:
     wanted = sum(getattr(tensor, "size", 0) for tensor in getattr(kv_cache_config, "kv_cache_tensors", ()))
-    available, total = _memory(worker)
+    available, total = memory(worker)
     allocator = " ".join(str(error).split())[:300]
     return (
         f"There is no room to make the KV cache again: it takes {wanted / 2**30:.2f} GiB, and {available / 2**30:.2f} "
@@ -400,11 +400,11 @@ def device_used(worker: Any) -> int:
     """Bytes in use on the worker's device, by whomever; 0 on a CPU."""
     if _on_cpu(worker):
         return 0
-    available, total = _memory(worker)
+    available, total = memory(worker)
     return total - available
 
 
-def _memory(worker: Any) -> tuple[int, int]:
+def memory(worker: Any) -> tuple[int, int]:
     """Bytes available, and in all, where the KV cache lives."""
     if _on_cpu(worker):
         memory = psutil.virtual_memory()

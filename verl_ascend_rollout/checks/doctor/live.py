@@ -1,7 +1,7 @@
 """`--live`: what only an import can tell.
 
 Each probe runs in a child process with a time limit, so that an import that crashes or hangs is a finding and not the
-end of the doctor.  A probe that starts an engine is smoke's: it adds itself to `PROBES`.
+end of the doctor.  The last one starts an engine: `ascend-safe smoke` on its toy model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class Probe:
         name: of the check.
         package: the top-level package that it takes; without it the probe is left out.
         program: what `python -c` is given; what it prints last is shown.
+        seconds: how long it may take; `None`: as long as an import.
     """
 
     name: str
     package: str
     program: str
+    seconds: float | None = None
 
 
 PROBES: list[Probe] = [
@@ -50,6 +52,15 @@ PROBES: list[Probe] = [
         "import verl; from verl_ascend_rollout import plugin; print('registered:', '; '.join(plugin._registered)); "
         "raise SystemExit(not plugin._registered)",
     ),
+    # Its own time limit ends first, and with it everything that it started.
+    Probe(
+        "live.smoke",
+        "vllm",
+        "import sys, tempfile; from verl_ascend_rollout.smoke import main; sys.stderr = sys.stdout\n"
+        "with tempfile.TemporaryDirectory() as out: status = main(['--tiny', '--timeout', '540', '--out', out])\n"
+        "raise SystemExit(status)",
+        600.0,
+    ),
 ]
 
 
@@ -57,7 +68,7 @@ def check_live(packages: Mapping[str, Path], cwd: Path, seconds: float = SECONDS
     """Run the probes whose package is there."""
     for probe in PROBES:
         if probe.package in packages:
-            yield _run(probe, cwd, seconds)
+            yield _run(probe, cwd, probe.seconds or seconds)
 
 
 def _run(probe: Probe, cwd: Path, seconds: float) -> Check:
