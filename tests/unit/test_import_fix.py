@@ -528,7 +528,7 @@ def test_the_doctor_still_fails_and_says_what_is_done(editable: Installation, hi
     answer = editable.doctor()
     assert answer.status == 1
     assert answer.failed()["install.vllm"]["advice"].endswith(
-        "what ascend_safe starts (rollouts, bench) puts the real one first by itself, and says so"
+        "what ascend_safe starts (rollouts, smoke, bench) puts the real one first by itself, and says so"
     )
     editable.environ[import_fix.SWITCH] = "0"
     answer = editable.doctor()

@@ -170,7 +170,7 @@ def _mended(search: Search, package: str) -> str:
         return ""
     if import_fix.switched_off():
         return f"; {import_fix.SWITCH} keeps what ascend_safe starts from putting the real one first by itself"
-    by = "the recipes' run.sh puts" if package == "verl" else "what ascend_safe starts (rollouts, bench) puts"
+    by = "the recipes' run.sh puts" if package == "verl" else "what ascend_safe starts (rollouts, smoke, bench) puts"
     return f"; {by} the real one first by itself, and says so"
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl_ascend_rollout import import_fix
 from verl_ascend_rollout import report as reports
 from verl_ascend_rollout.bench.arguments import gib, positive
 from verl_ascend_rollout.checks.smoke import request, run, text
@@ -66,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     memory.add_argument("--gpu-memory-utilization", type=_share, metavar="X", help="of the device (vLLM's default)")
     memory.add_argument("--kv-gib", type=gib, metavar="X", help="KV cache on each device (CPU: 1; --tiny: 64 MiB)")
     engine.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings along")
-    engine.add_argument("--no-import-fix", action="store_true", help="leave a folder that hides vLLM where it is")
+    import_fix.add_option(parser)
     calls = parser.add_argument_group("calls")
     calls.add_argument("--prompt", action="append", metavar="TEXT", help=f"may be repeated ({request.PROMPT!r})")
     calls.add_argument("--max-tokens", type=positive, default=request.MAX_TOKENS, metavar="N", help="(50)")
@@ -92,12 +93,18 @@ def start(arguments: argparse.Namespace) -> int:
         return _bundle(arguments.bundle)
     if arguments.tiny == (arguments.model is not None):
         parser.error("say either a MODEL (a checkpoint's folder, or a name on the hub) or --tiny")
+    try:
+        # Before anything of vLLM is imported, here or in the processes that are started from here.
+        put_first = tuple(fix.sentence() for fix in import_fix.begin(arguments))
+    except import_fix.ImportFixError as error:
+        print(redact(f"ascend-safe: {error}"), file=sys.stderr)
+        return 1
     out = Path()
     try:
         facts = detect(smi=False)
-        request.refuse_impossible(_options(arguments, Path()), facts, os.environ)
+        request.refuse_impossible(_options(arguments, Path(), put_first), facts, os.environ)
         out = _make_folder(arguments.out)
-        prepared = request.prepare(_options(arguments, out), facts)
+        prepared = request.prepare(_options(arguments, out, put_first), facts)
     except (RequestError, PlatformError) as error:
         if out != Path() and arguments.out is None:
             _remove_if_empty(out)
@@ -115,7 +122,7 @@ def start(arguments: argparse.Namespace) -> int:
     return INTERRUPTED + stopped if stopped else report.exit_code
 
 
-def _options(arguments: argparse.Namespace, out: Path) -> Options:
+def _options(arguments: argparse.Namespace, out: Path, put_first: tuple[str, ...]) -> Options:
     return Options(
         model=arguments.model,
         out=out,
@@ -134,6 +141,7 @@ def _options(arguments: argparse.Namespace, out: Path) -> Options:
         timeout=arguments.timeout,
         skipped=tuple(arguments.skip),
         import_fix=not arguments.no_import_fix,
+        put_first=put_first,
         trust_remote_code=arguments.trust_remote_code,
         command=_command(sys.argv),
     )

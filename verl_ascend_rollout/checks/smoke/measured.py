@@ -235,6 +235,7 @@ class Smoke:
         more_outputs: what came of the other prompts, where more than one was given; not timed.
         warnings: what was printed.
         import_fix: whether a folder that hides vLLM was to be got out of the way (`--no-import-fix`: it was not).
+        put_first: what was hidden and put first, a sentence each.
         command: the command as it was given, without the program's path.
         ended_in: the phase in which smoke ended: `done`, or the one that failed or timed out.
     """
@@ -251,6 +252,7 @@ class Smoke:
     more_outputs: tuple[Output, ...] = ()
     warnings: Warnings = Warnings()
     import_fix: bool = True
+    put_first: tuple[str, ...] = ()
     command: str = ""
     ended_in: str = "done"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from verl_ascend_rollout import toy_checkpoint
+from verl_ascend_rollout import import_fix, toy_checkpoint
 from verl_ascend_rollout.checks.smoke import checkpoint
 from verl_ascend_rollout.checks.smoke.checkpoint import Checkpoint, CheckpointError
 from verl_ascend_rollout.checks.smoke.lines import STEP_MARK
@@ -27,7 +27,6 @@ MAX_MODEL_LEN = 2048
 
 MAX_NUM_SEQS = 8
 WORKER = "verl_ascend_rollout.worker.smoke.SmokeWorker"
-IMPORT_FIX_VARIABLE = "ASCEND_SAFE_IMPORT_FIX"
 
 TINY = Geometry(
     layers=2,
@@ -86,6 +85,7 @@ class Options:
     timeout: float = 1800.0
     skipped: tuple[str, ...] = ()
     import_fix: bool = True
+    put_first: tuple[str, ...] = ()
     trust_remote_code: bool = False
     command: str = ""
 
@@ -155,7 +155,7 @@ def prepare(options: Options, facts: PlatformFacts, environ: Mapping[str, str] =
         "ASCEND_SAFE_STEP_MARK": STEP_MARK,
     }
     if not options.import_fix:
-        environment[IMPORT_FIX_VARIABLE] = "0"
+        environment[import_fix.SWITCH] = "0"
     return Request(options, facts, decisions, path, found, _arguments(options, facts, decisions, found), environment)
 
 

@@ -413,6 +413,7 @@ def make_facts(request: Request, found: Found, printed: list[str]) -> Smoke:
         more_outputs=tuple(outputs[1:]),
         warnings=lines.classify(printed, here),
         import_fix=options.import_fix,
+        put_first=options.put_first,
         command=options.command,
         ended_in=found.ended_in,
     )
