@@ -13,5 +13,5 @@ Needs no platform, no torch and no vLLM: it reads JSON.
     sections    the tables and texts
     build       all of it as one report
     plot        the picture
-    wording     how numbers are written
+    wording     numbers with units, and other people's text made harmless
 """
