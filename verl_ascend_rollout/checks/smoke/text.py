@@ -45,7 +45,7 @@ def title(facts: Smoke) -> str:
 def sections(facts: Smoke, decisions: Decisions, phases: Mapping[str, float]) -> tuple[Section, ...]:
     """All parts of the report beside its checks."""
     found = [
-        Section("Summary", _summary_text(facts), ("", ""), tuple(summary_rows(facts))),
+        Section("Summary", _summary_text(facts), ("", ""), tuple(summary_rows(facts)), before_checks=True),
         Section("Configuration", "", ("setting", "value"), tuple(_configuration(facts))),
         *_outputs(facts),
         Section(
