@@ -13,11 +13,10 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
-
 from verl_ascend_rollout.toy_model import Geometry
 
 if TYPE_CHECKING:
+    import numpy
     from tokenizers import Tokenizer
 
 PAD, EOS, IM_START, IM_END, UNKNOWN = "<pad>", "<eos>", "<|im_start|>", "<|im_end|>", "<unk>"
@@ -76,6 +75,8 @@ def write(folder: Path, geometry: Geometry, seed: int, std: float, *, rough: boo
     """
     if geometry.vocabulary != VOCABULARY:
         raise ValueError(f"the toy tokenizer has {VOCABULARY} tokens, and the geometry asks for {geometry.vocabulary}")
+    import numpy  # comes with torch: where that is missing, a command that makes no model works all the same
+
     folder.mkdir(parents=True, exist_ok=True)
     generator = numpy.random.default_rng(seed)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -117,6 +118,8 @@ def make_tensor(
     name: str, shape: tuple[int, ...], generator: numpy.random.Generator, std: float, rough: bool = False
 ) -> bytes:
     """A random tensor in bf16, little-endian: norms are one and biases zero (unless `rough`), the rest is normal."""
+    import numpy
+
     norm, bias = name.endswith("norm.weight"), name.endswith(".bias")
     if norm or bias:
         values = numpy.full(shape, 1.0 if norm else 0.0, dtype=numpy.float32)
