@@ -229,15 +229,6 @@ VLLM: tuple[Claim, ...] = (
         only=("cpu",),
     ),
     Claim(
-        "vllm.prepack-moe",
-        (Uses("vllm/_custom_ops.py", "prepack_moe_weight", "cpu_prepack_moe_weight"),),
-        "packs experts for a CPU's kernels, in blocks in a tensor of the same shape",
-        "worker/weights/blocks.py",
-        "every weight sync rebuilds whole layers of experts",
-        "low",
-        only=("cpu",),
-    ),
-    Claim(
         "vllm.general-plugins",
         (Uses("vllm/plugins/__init__.py", "vllm.general_plugins"),),
         "the entry points that vLLM loads in each of its processes",
