@@ -98,12 +98,10 @@ def first_and_warm(run: Run) -> Iterator[str]:
     if first is None or warm is None or not warm.seconds or not _alike(first, warm):
         return
     share = first.seconds / warm.seconds
-    caching = run.smoke.engine is not None and run.smoke.engine.prefix_caching
-    cached = ", the prefill among it, as the warm call may find the prompt in the prefix cache" if caching else ""
     if share >= 1.1:
         yield (
             f"{run.label}: the first call took {share:.3g} times as long as the same call again: "
-            f"{wording.seconds(first.seconds - warm.seconds)} of it is work that is done once{cached}."
+            f"{wording.seconds(first.seconds - warm.seconds)} of it is work that is done once."
         )
     else:
         yield f"{run.label}: the first call took no longer than the same call again: what is done once came before it."

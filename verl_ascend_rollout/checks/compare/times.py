@@ -227,7 +227,6 @@ def _different_calls(quantity: Quantity, base: Run, other: Run) -> Iterator[str]
         for run, call in ((base, one), (other, two)):
             yield from _inconsistent_rate(run, call)
     if quantity.topic == "warm":
-        yield from _different_caching(base, other)
         yield from _inside_the_spread(one, two, quantity)
 
 
@@ -240,12 +239,6 @@ def _different_prompts(base: Run, other: Run, one: Call, two: Call) -> Iterator[
         yield f"the prompt is not recorded in {wording.listed(unknown)}"
     elif outputs[0].prompt_token_ids != outputs[1].prompt_token_ids or outputs[0].prompt != outputs[1].prompt:
         yield "different prompts"
-
-
-def _different_caching(base: Run, other: Run) -> Iterator[str]:
-    caching = [run.smoke.engine.prefix_caching if run.smoke.engine else None for run in (base, other)]
-    if None not in caching and caching[0] != caching[1]:
-        yield "the warm call repeats the prompt, and only one of them has a prefix cache to take it from"
 
 
 def _inconsistent_rate(run: Run, call: Call) -> Iterator[str]:

@@ -230,7 +230,7 @@ class Smoke:
         platform, model, engine, load, memory: see their classes; `None` where smoke ended before it knew.
         versions: of the packages that matter, by distribution name; `python` and `ascend-safe` among them.
         first: the first call of the engine's life.
-        warm: the same call again.
+        warm: the same call again, the prefix cache having been reset.
         output: what came out of it.
         more_outputs: what came of the other prompts, where more than one was given; not timed.
         warnings: what was printed.
