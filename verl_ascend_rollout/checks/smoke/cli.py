@@ -16,7 +16,7 @@ from typing import Any
 
 from verl_ascend_rollout import import_fix
 from verl_ascend_rollout import report as reports
-from verl_ascend_rollout.bench.arguments import gib, positive
+from verl_ascend_rollout.bench.arguments import gib, positive, seconds, share
 from verl_ascend_rollout.checks.smoke import request, run, text
 from verl_ascend_rollout.checks.smoke.measured import Smoke
 from verl_ascend_rollout.checks.smoke.request import Options, RequestError
@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--max-model-len", type=positive, metavar="N", help=f"({request.MAX_MODEL_LEN}, or the model's)"
     )
     memory = engine.add_mutually_exclusive_group()
-    memory.add_argument("--gpu-memory-utilization", type=_share, metavar="X", help="of the device (vLLM's default)")
+    memory.add_argument("--gpu-memory-utilization", type=share, metavar="X", help="of the device (vLLM's default)")
     memory.add_argument("--kv-gib", type=gib, metavar="X", help="KV cache on each device (CPU: 1; --tiny: 64 MiB)")
     engine.add_argument("--trust-remote-code", action="store_true", help="run code that the model brings along")
     import_fix.add_option(parser)
@@ -78,7 +78,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip", action="append", choices=run.OPTIONAL, default=[], metavar="CHECK", help=", ".join(run.OPTIONAL)
     )
-    parser.add_argument("--timeout", type=_seconds, default=1800.0, metavar="SECONDS", help="for everything (1800)")
+    parser.add_argument("--timeout", type=seconds, default=1800.0, metavar="SECONDS", help="for everything (1800)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the report and the log (new, in outputs/)")
 
 
@@ -217,23 +217,3 @@ def _progress(timeout: float) -> Iterator[tuple[Callable[[str], None], Callable[
             status.update(f"{now['phase']}: {time.monotonic() - started:.0f} s of at most {timeout:.0f} s")
 
         yield show, tick
-
-
-def _share(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no share of the memory: say a number above 0 and up to 1")
-    return number
-
-
-def _seconds(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{value!r} is no number of seconds above 0")
-    return number

@@ -252,16 +252,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if func is torch.ops.aten.copy_.default and args[1].shape != args[0].shape:
                 raise RuntimeError(f"its place in {self._names[storage]} has shape {tuple(args[0].shape)}")
             return args[0]
-        result = args[0] if self._written_directly(func, args, storage) else func(*args, **(kwargs or {}))
+        result = args[0] if self._written_directly(func, args, kwargs, storage) else func(*args, **(kwargs or {}))
         self._on_write(storage, args[0].numel())
         return result
 
-    def _written_directly(self, func: Any, args: tuple[Any, ...], storage: int) -> bool:
+    def _written_directly(self, func: Any, args: tuple[Any, ...], kwargs: Any, storage: int) -> bool:
         direct = self._direct.get(storage)
         plain = func is torch.ops.aten.copy_.default and storage_of(args[1]) not in self._direct
         if direct is not None and plain and direct.write(Region.of(args[0], self._bases[storage]), args[1]):
             return True
-        self._leave_direct(args, None)
+        self._leave_direct(args, kwargs)
         return False
 
     def _leave_direct(self, args: tuple[Any, ...], kwargs: Any) -> None:
