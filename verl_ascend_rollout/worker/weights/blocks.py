@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from verl_ascend_rollout.worker.weights.block_copy import copy_into_blocks, prepare
 from verl_ascend_rollout.worker.weights.storage import storage_of
 
 if TYPE_CHECKING:
@@ -61,6 +62,14 @@ class Blocks:
         if tensor.storage_offset() % self.group or not _groups_lie_together(self, tensor.stride()):
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         return self.integers(tensor).as_strided(*_plain(self, tensor.shape, tensor.stride()))
+
+    def pack(self, tensor: torch.Tensor, weight: torch.Tensor) -> None:
+        """Copy whole experts, shape (..., rows, columns), in checkpoint form into a packed weight."""
+        copy_into_blocks([self.packed(weight)], [self.plain(tensor)])
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what packs a weight of a dtype, which takes about a second, before it is needed."""
+        prepare(_INTEGERS[self.group * dtype.itemsize])
 
     def region(self, integers: torch.Tensor, region: Region) -> torch.Tensor:
         """A region of a packed weight, which `fits`, as a view.
@@ -161,7 +170,7 @@ class DirectWrites:
         place = self.place(region)
         if place is None or tuple(source.shape) != region.size:
             return False
-        place.copy_(self.blocks.plain(source.to(self._kernel.dtype)))
+        copy_into_blocks([place], [self.blocks.plain(source.to(self._kernel.dtype))])
         return True
 
     def leave(self) -> None:
@@ -173,7 +182,7 @@ class DirectWrites:
     def finish(self) -> None:
         """Pack the weight as a whole, where that is left to do, and let go of what the loader saw."""
         if self._left:
-            self.blocks.packed(self._kernel).copy_(self.blocks.plain(self._staged))
+            self.blocks.pack(self._staged, self._kernel)
             self._staged = self._staged.new_empty(0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from verl_ascend_rollout.worker.weights.block_copy import blocks_differ
 from verl_ascend_rollout.worker.weights.layout import record
 from verl_ascend_rollout.worker.weights.plan import NamedTensor, Plan, Recorder
 from verl_ascend_rollout.worker.weights.staging import Staging
@@ -111,7 +112,7 @@ class LoaderPass:
                 direct = self._direct.get(storage_of(parameter))
                 place = direct.place(copy.destination) if direct is not None else None
                 if direct is not None and place is not None:
-                    wrong = differs(place, direct.blocks.plain(source.to(parameter.dtype)))
+                    wrong = blocks_differ(place, direct.blocks.plain(source.to(parameter.dtype)))
                 else:
                     wrong = differs(copy.destination.in_tensor(parameter.data), source)
                 if wrong:

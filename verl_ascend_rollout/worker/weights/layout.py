@@ -191,6 +191,8 @@ class _Look:
     def record(self, after: torch.Tensor | None) -> WeightRecord:
         layout = self._layout(after)
         blocks = self.experts.blocks_in(after) if layout == "repacked" and self.experts is not None else None
+        if blocks is not None:
+            blocks.prepare(self.dtype)
         return WeightRecord(
             layout="blocked" if blocks is not None else layout,
             shape=self.shape,

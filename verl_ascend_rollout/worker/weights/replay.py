@@ -5,12 +5,13 @@ On a CPU, experts that the kernel wants in blocks are copied straight out of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from verl_ascend_rollout.worker.weights.block_copy import blocks_differ, copy_into_blocks
 from verl_ascend_rollout.worker.weights.blocks import Blocks
 from verl_ascend_rollout.worker.weights.plan import Copy, NamedTensor, Plan, Recorder, Route, logger
 from verl_ascend_rollout.worker.weights.staging import Staging, back
@@ -42,12 +43,43 @@ class _Target:
 
 
 @dataclass
-class _Batch:
-    """The copies of one bucket."""
+class _Copies:
+    """Copies of one bucket that are done together."""
 
     destinations: list[torch.Tensor] = field(default_factory=list)
     sources: list[torch.Tensor] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+
+    def add(self, destination: torch.Tensor, source: torch.Tensor, name: str) -> None:
+        self.destinations.append(destination)
+        self.sources.append(source)
+        self.names.append(name)
+
+    def not_done(self, unlike: Callable[[torch.Tensor, torch.Tensor], bool]) -> Iterator[str]:
+        """The names of those whose destinations are not as their sources are."""
+        for name, destination, source in zip(self.names, self.destinations, self.sources, strict=True):
+            if unlike(destination, source):
+                yield name
+
+
+@dataclass
+class _Batch:
+    """The copies of one bucket: plain ones, and those into blocks."""
+
+    plain: _Copies = field(default_factory=_Copies)
+    blocked: _Copies = field(default_factory=_Copies)
+
+    def copy(self) -> None:
+        if self.plain.destinations:
+            # One call for all: on a CPU a loop without Python, on CUDA one kernel for many copies.
+            torch._foreach_copy_(self.plain.destinations, self.plain.sources)
+        copy_into_blocks(self.blocked.destinations, self.blocked.sources)
+
+    def not_done(self) -> Iterator[str]:
+        """The names of tensors that are not where they were copied to, read through the view that they were written
+        through."""
+        yield from self.plain.not_done(differs)
+        yield from self.blocked.not_done(blocks_differ)
 
 
 class ReplayPass:
@@ -89,9 +121,10 @@ class ReplayPass:
                 elements, storage = self._add(batch, name, copy, tensor)
                 self._covered[copy.target] = self._covered.get(copy.target, 0) + elements
                 written[storage] = written.get(storage, 0) + elements
-        _copy_all(batch)
+        batch.copy()
         if self._manifest.compare:
-            self._compare(batch)
+            for name in batch.not_done():
+                self._manifest.not_as_sent(name)
         del batch  # it has views of what layers let go of now
         for storage, elements in written.items():
             self._staging.came(storage, elements)
@@ -179,23 +212,9 @@ class ReplayPass:
         source = tensor if copy.source is None else copy.source.in_tensor(tensor)
         if target.blocks is not None and target.integers is not None:
             source = source if source.dtype == target.parameter.dtype else source.to(target.parameter.dtype)
-            batch.destinations.append(target.blocks.region(target.integers, copy.destination))
-            batch.sources.append(target.blocks.plain(source))
+            place = target.blocks.region(target.integers, copy.destination)
+            batch.blocked.add(place, target.blocks.plain(source), name)
         else:
             back(target.parameter)
-            batch.destinations.append(copy.destination.in_tensor(target.parameter.data))
-            batch.sources.append(source)
-        batch.names.append(name)
+            batch.plain.add(copy.destination.in_tensor(target.parameter.data), source, name)
         return copy.destination.elements, target.storage
-
-    def _compare(self, batch: _Batch) -> None:
-        """Read what was written back through the view that it was written through."""
-        for name, destination, source in zip(batch.names, batch.destinations, batch.sources, strict=True):
-            if differs(destination, source):
-                self._manifest.not_as_sent(name)
-
-
-def _copy_all(batch: _Batch) -> None:
-    if batch.destinations:
-        # One call for all: on a CPU a loop without Python, on CUDA one kernel for many copies.
-        torch._foreach_copy_(batch.destinations, batch.sources)

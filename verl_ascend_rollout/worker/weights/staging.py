@@ -95,7 +95,7 @@ class StagedLayer:
                 if direct is not None:
                     direct.finish()
                 elif blocks is not None:
-                    blocks.packed(kernel.data).copy_(blocks.plain(staged[name].data))
+                    blocks.pack(staged[name].data, kernel.data)
                 setattr(self.layer, name, kernel)
         else:
             # Also a layer that has its weights in checkpoint form: its code may have packed a copy of them (lm_head).

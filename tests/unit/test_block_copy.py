@@ -1,0 +1,175 @@
+"""Copies into blocks: the compiled ones do what torch's do, byte for byte, and touch nothing else."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_ascend_rollout.worker.weights import block_copy
+from verl_ascend_rollout.worker.weights.block_copy import CACHE_LINE, SQUARE, blocks_differ, copy_into_blocks
+
+DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    block_copy._kernels.cache_clear()
+    yield
+    block_copy._kernels.cache_clear()
+
+
+def numbers(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max, shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def within(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A contiguous tensor that begins `offset` bytes after a cache line, and all the memory that it lies in."""
+    elements = torch.Size(shape).numel()
+    room = numbers((elements + 4 * CACHE_LINE,), dtype, seed=7)
+    first = (-room.data_ptr() % CACHE_LINE + offset) // dtype.itemsize
+    return room[first : first + elements].view(shape), room
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    experts=st.lists(st.integers(1, 3), max_size=1),
+    blocks=st.integers(1, 4),
+    squares=st.integers(1, 5),
+    beside=st.integers(0, 3),
+    offset=st.sampled_from((0, 0, 0, 8, 32)),
+    ragged=st.sampled_from((0, 0, 0, 5)),
+)
+def test_as_torch_copies_and_nothing_beside_it(
+    dtype: torch.dtype, experts: list[int], blocks: int, squares: int, beside: int, offset: int, ragged: int
+) -> None:
+    groups = squares * SQUARE + ragged
+    rows = numbers((*experts, blocks, SQUARE, groups + beside), dtype)
+    source = rows[..., beside:].transpose(-1, -2)
+    destination, room = within((*experts, blocks, groups, SQUARE), dtype, offset)
+    before = room.clone()
+    assert blocks_differ(destination, source)
+
+    copy_into_blocks([destination], [source])
+
+    assert torch.equal(destination, source)
+    assert not blocks_differ(destination, source)
+    first = int(destination.storage_offset())
+    last = first + destination.numel()
+    assert torch.equal(room[:first], before[:first]) and torch.equal(room[last:], before[last:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_common_case_is_compiled(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*tensors: object) -> None:
+        raise AssertionError("torch copied")
+
+    monkeypatch.setattr(torch, "_foreach_copy_", forbidden)
+    source = numbers((2, SQUARE, 3 * SQUARE), dtype).transpose(-1, -2)
+    destination, _ = within((2, 3 * SQUARE, SQUARE), dtype, 0)
+    copy_into_blocks([destination], [source])
+    assert torch.equal(destination, source)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_each_element_that_is_another_is_seen(dtype: torch.dtype) -> None:
+    source = numbers((2, SQUARE, 2 * SQUARE), dtype).transpose(-1, -2)
+    destination, _ = within((2, 2 * SQUARE, SQUARE), dtype, 0)
+    copy_into_blocks([destination], [source])
+    flat = destination.view(-1)
+    for element in range(flat.numel()):
+        flat[element] ^= 1 << (element % (8 * dtype.itemsize - 1))
+        assert blocks_differ(destination, source), element
+        flat[element] = source.reshape(-1)[element]
+    assert not blocks_differ(destination, source)
+
+
+def test_threads_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_copy, "BYTES_OF_A_THREAD", 1024)
+    started: list[int] = []
+    original = block_copy.ThreadPoolExecutor
+
+    def counted(threads: int, **options: object) -> object:
+        started.append(threads)
+        return original(threads, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(block_copy, "ThreadPoolExecutor", counted)
+    sources = [numbers((1, SQUARE, 4 * SQUARE), torch.int32, seed).transpose(-1, -2) for seed in range(11)]
+    destinations = [within((1, 4 * SQUARE, SQUARE), torch.int32, 0)[0] for _ in sources]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        copy_into_blocks(destinations, sources)
+    finally:
+        torch.set_num_threads(threads)
+    assert started == [3]
+    assert all(torch.equal(destination, source) for destination, source in zip(destinations, sources, strict=True))
+
+
+def test_threads_may_run_where_any_thread_of_the_process_may() -> None:
+    mine = os.sched_getaffinity(0)
+    if len(mine) < 2:
+        pytest.skip("one core")
+    seen: list[set[int]] = []
+
+    def look() -> None:
+        block_copy._onto_all_cores()
+        seen.append(os.sched_getaffinity(0))
+
+    other = threading.Event()
+    elsewhere = threading.Thread(target=other.wait)
+    elsewhere.start()
+    try:
+        os.sched_setaffinity(0, {min(mine)})  # as vLLM does; the other thread has all cores
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+    finally:
+        os.sched_setaffinity(0, mine)
+        other.set()
+        elsewhere.join()
+    assert seen == [mine]
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+def test_without_numba_torch_copies_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    source = numbers((2, SQUARE, SQUARE), torch.int32).transpose(-1, -2)
+    destination, _ = within((2, SQUARE, SQUARE), torch.int32, 0)
+    with caplog.at_level(logging.INFO, logger="verl_ascend_rollout.worker"):
+        copy_into_blocks([destination], [source])
+        copy_into_blocks([destination], [source])
+    assert torch.equal(destination, source)
+    assert not blocks_differ(destination, source)
+    (line,) = caplog.messages
+    assert "copied into their blocks by torch" in line and "numba" in line
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize("wrong", ["copies nothing", "sees no difference"])
+def test_compiled_code_that_is_wrong_is_not_used(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = block_copy._compiled
+
+    def compiled(size: int) -> block_copy._Kernels:
+        kernels = original(size)
+        if wrong == "copies nothing":
+            return block_copy._Kernels(lambda jobs: None, kernels.differs)
+        return block_copy._Kernels(kernels.copy, lambda jobs: False)
+
+    monkeypatch.setattr(block_copy, "_compiled", compiled)
+    assert block_copy._kernels(torch.int32) is None
+    source = numbers((2, SQUARE, SQUARE), torch.int32).transpose(-1, -2)
+    destination, _ = within((2, SQUARE, SQUARE), torch.int32, 0)
+    copy_into_blocks([destination], [source])
+    assert torch.equal(destination, source)
