@@ -34,8 +34,10 @@ class Peer:
         self.is_at_rest = True
 
     def ask(self, **what: Any) -> None:
-        """Start something; `line` has what comes of it."""
+        """Start something, as soon as the process has imported what it needs: no time-out is to count that.  `line`
+        has what comes of it."""
         assert self.process.stdin is not None
+        self._wait_until_ready()
         self.is_at_rest = False
         self.process.stdin.write(json.dumps(what) + "\n")
         self.process.stdin.flush()
@@ -43,13 +45,17 @@ class Peer:
     def line(self) -> Any:
         """The next line that the process writes; `None` when it has ended."""
         assert self.process.stdout is not None
-        if not self.is_ready:
-            assert json.loads(self.process.stdout.readline()) == {"ready": True}
-            self.is_ready = True
+        self._wait_until_ready()
         line = self.process.stdout.readline()
         answer = json.loads(line) if line else {}
         self.is_at_rest = bool({"tensors", "sent", "error"} & set(answer))
         return answer or None
+
+    def _wait_until_ready(self) -> None:
+        assert self.process.stdout is not None
+        if not self.is_ready:
+            assert json.loads(self.process.stdout.readline()) == {"ready": True}
+            self.is_ready = True
 
     def kill(self) -> None:
         self.process.kill()
