@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 UV := eval "$$($(BIN)/python requirements/pip_settings.py)"; $(BIN)/uv
 STEPS ?= 12
 PYTEST_ARGS ?=
+# Tests in two processes: those that start engines, and the others (tests/conftest.py).
+WORKERS ?= 2
+PYTEST = -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 NPU_DEFAULT := $(shell sed -n 's/^default = "\(.*\)"/\1/p' tests/npu_emulator/stacks.toml)
 STACK ?= $(NPU_DEFAULT)
 NPU_VENV := .venv-npu$(addprefix -,$(filter-out $(NPU_DEFAULT),$(STACK)))
@@ -37,10 +40,10 @@ demo: setup ## GRPO on a toy Qwen1.5-MoE, on two cores, minutes
 	$(BIN)/python recipes/grpo_tiny_cpu/demo.py --steps $(STEPS)
 
 test: setup lint ## everything that runs without an accelerator
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 unit: setup ## the quick ones
-	$(BIN)/python -m pytest tests/unit $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) tests/unit $(PYTEST_ARGS)
 
 lint: setup ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -66,7 +69,7 @@ npu-setup: ## torch-npu and vllm-ascend on a stand-in CANN, in .venv-npu (STACK=
 
 npu: npu-setup ## tests/npu, on that
 	PYTHONDONTWRITEBYTECODE= TVM_FFI_DISABLE_TORCH_C_DLPACK=1 FAKE_NPU_STACK=$(STACK) \
-		$(NPU_VENV)/bin/python -m pytest tests/npu $(PYTEST_ARGS)
+		$(NPU_VENV)/bin/python $(PYTEST) tests/npu $(PYTEST_ARGS)
 
 policy-table: setup ## tests/unit/policy_table.txt again: every decision for each platform and version
 	$(BIN)/python tests/unit/policy_table.py

@@ -44,6 +44,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several workers (pytest-xdist, `-n`): tests that start engines run one after the other in one worker, which
+    begins with them; they share what they started, and two at a time would be slow on two cores.  The others keep
+    together by file."""
+    if not hasattr(config, "workerinput"):
+        return
+
+    def is_heavy(item: pytest.Item) -> bool:
+        return any(item.get_closest_marker(name) is not None for name in ("engine", "e2e"))
+
+    items.sort(key=lambda item: not is_heavy(item))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("engines" if is_heavy(item) else item.path.stem))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print each skip with its reason."""
     for report in terminalreporter.stats.get("skipped", []):

@@ -13,7 +13,8 @@ os.environ["VERL_PLATFORM"] = "npu"
 
 from toy_engine import EXTENSION, Checkpoint, Engine, make_checkpoint, make_llm
 
-MEASURED: list[tuple[str, str]] = []
+MEASURED = "measured: "
+"""How a test's properties begin that belong into the table."""
 
 
 @pytest.fixture(scope="session")
@@ -42,17 +43,21 @@ def synced(engine: Engine) -> Callable[[Checkpoint], dict[str, Any]]:
 
 
 @pytest.fixture
-def report() -> Callable[[str, object], None]:
+def report(record_property: Callable[[str, object], None]) -> Callable[[str, object], None]:
     """Note a figure for the table at the end of the run."""
 
     def note(what: str, figure: object) -> None:
-        MEASURED.append((what, f"{figure:.4f}" if isinstance(figure, float) else str(figure)))
+        # With the test's report: it may run in another process than the one that writes the table.
+        record_property(f"{MEASURED}{what}", f"{figure:.4f}" if isinstance(figure, float) else str(figure))
 
     return note
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not MEASURED:
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    found = [pair for report in reports if getattr(report, "when", "") == "call" for pair in report.user_properties]
+    measured = [(name.removeprefix(MEASURED), figure) for name, figure in found if name.startswith(MEASURED)]
+    if not measured:
         return
     from fake_npu.stack_label import label
 
@@ -60,6 +65,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(
         "largest |log-prob difference| from Hugging Face on a CPU (bf16), where a line says nothing else"
     )
-    width = max(len(what) for what, _ in MEASURED)
-    for what, figure in MEASURED:
+    width = max(len(what) for what, _ in measured)
+    for what, figure in measured:
         terminalreporter.write_line(f"{what.ljust(width)}  {figure}")

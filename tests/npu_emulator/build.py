@@ -41,7 +41,7 @@ ALWAYS = (
     *("attrs", "cmake>=3.26", "decorator", "einops", "msgpack", "numba", "pandas", "psutil", "pybind11", "pyyaml"),
     *("quart", "regex", "scipy", "setuptools>=64", "setuptools-scm>=8", "wheel"),
     # What this repository's package and its tests need.
-    *("hydra-core>=1.3.2", "packaging>=23", "pytest>=8", "pytest-timeout>=2.3", "wrapt>=1.16"),
+    *("hydra-core>=1.3.2", "packaging>=23", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.7", "wrapt>=1.16"),
 )
 """Required on every stack, beside what its table asks for."""
 
