@@ -13,7 +13,7 @@ STEPS ?= 12
 PYTEST_ARGS ?=
 # Tests in two processes: those that start engines, and the others (tests/conftest.py).
 WORKERS ?= 2
-PYTEST = -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 NPU_DEFAULT := $(shell sed -n 's/^default = "\(.*\)"/\1/p' tests/npu_emulator/stacks.toml)
 STACK ?= $(NPU_DEFAULT)
 NPU_VENV := .venv-npu$(addprefix -,$(filter-out $(NPU_DEFAULT),$(STACK)))

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -44,20 +45,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
+# With several workers (pytest-xdist, `-n`) a file's tests stay together, and those of the CPU suite that start engines
+# count as one file: they share what they started, and two engines at a time would be slow on two cores.
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        # Not `--dist loadgroup`, which does nothing with pytest 9.2 (xdist 3.8 renames tests in a way of its own).
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "engines" if file.startswith(("tests/engine/", "tests/e2e/")) else file
+
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several workers (pytest-xdist, `-n`): tests that start engines run one after the other in one worker, which
-    begins with them; they share what they started, and two at a time would be slow on two cores.  The others keep
-    together by file."""
-    if not hasattr(config, "workerinput"):
-        return
-
-    def is_heavy(item: pytest.Item) -> bool:
-        return any(item.get_closest_marker(name) is not None for name in ("engine", "e2e"))
-
-    items.sort(key=lambda item: not is_heavy(item))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("engines" if is_heavy(item) else item.path.stem))
+    if hasattr(config, "workerinput"):  # what takes longest begins
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("e2e", "engine")])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
