@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 UV := eval "$$($(BIN)/python requirements/pip_settings.py)"; $(BIN)/uv
 STEPS ?= 12
 PYTEST_ARGS ?=
-# Tests in two processes: those that start engines, and the others (tests/conftest.py).
+# Tests in two processes; which begin where: tests/conftest.py.
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 NPU_DEFAULT := $(shell sed -n 's/^default = "\(.*\)"/\1/p' tests/npu_emulator/stacks.toml)

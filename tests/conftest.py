@@ -45,8 +45,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# With several workers (pytest-xdist, `-n`) a file's tests stay together, and those of the CPU suite that start engines
-# count as one file: they share what they started, and two engines at a time would be slow on two cores.
+# With several workers (pytest-xdist, `-n`) a file's tests stay together, and so do those of tests/engine, which share
+# an engine.  What takes longest begins.
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,15 +56,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         # Not `--dist loadgroup`, which does nothing with pytest 9.2 (xdist 3.8 renames tests in a way of its own).
         def _split_scope(self, nodeid: str) -> str:
-            file = str(super()._split_scope(nodeid))
-            return "engines" if file.startswith(("tests/engine/", "tests/e2e/")) else file
+            folder = "tests/engine/"
+            return folder if nodeid.startswith(folder) else str(super()._split_scope(nodeid))
 
     return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):  # what takes longest begins
-        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("e2e", "engine")])
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("engine", "e2e")])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
