@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import threading
 from collections.abc import Iterator
 
 import pytest
@@ -74,10 +72,20 @@ def test_the_common_case_is_compiled(dtype: torch.dtype, monkeypatch: pytest.Mon
         raise AssertionError("torch copied")
 
     monkeypatch.setattr(torch, "_foreach_copy_", forbidden)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     source = numbers((2, SQUARE, 3 * SQUARE), dtype).transpose(-1, -2)
     destination, _ = within((2, 3 * SQUARE, SQUARE), dtype, 0)
     copy_into_blocks([destination], [source])
     assert torch.equal(destination, source)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, SQUARE, SQUARE), (2, 0, SQUARE, SQUARE), (2, SQUARE, 0)])
+def test_nothing_to_copy(shape: tuple[int, ...]) -> None:
+    source = numbers(shape, torch.int32).transpose(-1, -2)
+    destination, _ = within(tuple(source.shape), torch.int32, 0)
+    copy_into_blocks([destination], [source])
+    assert not blocks_differ(destination, source)
+    copy_into_blocks([], [])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,51 +101,16 @@ def test_each_element_that_is_another_is_seen(dtype: torch.dtype) -> None:
     assert not blocks_differ(destination, source)
 
 
-def test_threads_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_copy, "BYTES_OF_A_THREAD", 1024)
-    started: list[int] = []
-    original = block_copy.ThreadPoolExecutor
+def test_with_many_threads_torch_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(dtype: torch.dtype) -> None:
+        raise AssertionError("compiled")
 
-    def counted(threads: int, **options: object) -> object:
-        started.append(threads)
-        return original(threads, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(block_copy, "ThreadPoolExecutor", counted)
-    sources = [numbers((1, SQUARE, 4 * SQUARE), torch.int32, seed).transpose(-1, -2) for seed in range(11)]
-    destinations = [within((1, 4 * SQUARE, SQUARE), torch.int32, 0)[0] for _ in sources]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        copy_into_blocks(destinations, sources)
-    finally:
-        torch.set_num_threads(threads)
-    assert started == [3]
-    assert all(torch.equal(destination, source) for destination, source in zip(destinations, sources, strict=True))
-
-
-def test_threads_may_run_where_any_thread_of_the_process_may() -> None:
-    mine = os.sched_getaffinity(0)
-    if len(mine) < 2:
-        pytest.skip("one core")
-    seen: list[set[int]] = []
-
-    def look() -> None:
-        block_copy._onto_all_cores()
-        seen.append(os.sched_getaffinity(0))
-
-    other = threading.Event()
-    elsewhere = threading.Thread(target=other.wait)
-    elsewhere.start()
-    try:
-        os.sched_setaffinity(0, {min(mine)})  # as vLLM does; the other thread has all cores
-        thread = threading.Thread(target=look)
-        thread.start()
-        thread.join()
-    finally:
-        os.sched_setaffinity(0, mine)
-        other.set()
-        elsewhere.join()
-    assert seen == [mine]
+    source = numbers((2, SQUARE, SQUARE), torch.int32).transpose(-1, -2)
+    destination, _ = within((2, SQUARE, SQUARE), torch.int32, 0)
+    monkeypatch.setattr(block_copy, "_kernels", forbidden)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: block_copy.MOST_THREADS + 1)
+    copy_into_blocks([destination], [source])
+    assert torch.equal(destination, source)
 
 
 @pytest.mark.usefixtures("nothing_compiled")

@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +29,9 @@ SQUARE = 16
 CACHE_LINE = 64
 """Bytes.  Blocks begin at one, or are left to torch: a store past the cache must not straddle two."""
 
-MOST_THREADS = 8
-"""More do not make memory faster."""
-
-BYTES_OF_A_THREAD = 2**20
-"""With less to do, a thread costs more than it gains."""
+MOST_THREADS = 3
+"""What is compiled here runs in one thread and does 7 to 9 GB/s; each of torch's threads does 2.5 (one cloud machine):
+more than these are faster.  Threads of our own would wait for torch's, which keep their cores for a while."""
 
 _Job = tuple[int, int, int, int, int, int]
 """Addresses of destination and source, blocks, groups, and from block to block and row to row in the source: bytes."""
@@ -49,28 +44,27 @@ def copy_into_blocks(destinations: Sequence[torch.Tensor], sources: Sequence[tor
         destinations: integers on a CPU, shape (..., blocks, groups, rows of a block), as from `Blocks.packed`.
         sources: the same, as from `Blocks.plain`; none overlaps a destination.
     """
-    turned: dict[torch.dtype, list[_Job]] = {}
+    turned: dict[_Kernels, list[_Job]] = {}
     others: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    few_threads = torch.get_num_threads() <= MOST_THREADS
     for destination, source in zip(destinations, sources, strict=True):
-        if _suits(destination, source):
-            turned.setdefault(source.dtype, []).extend(_jobs(destination, source))
+        kernels = _kernels_for(destination, source) if few_threads else None
+        if kernels is not None:
+            turned.setdefault(kernels, []).extend(_jobs(destination, source))
         else:
             others[0].append(destination)
             others[1].append(source)
-    for dtype, jobs in turned.items():
-        kernels = _kernels(dtype)
-        assert kernels is not None  # `_suits` has asked
-        _in_threads(kernels.copy, numpy.array(jobs, dtype=numpy.int64), dtype.itemsize)
+    for kernels, jobs in turned.items():
+        kernels.copy(numpy.array(jobs, dtype=numpy.int64))
     if others[0]:
         torch._foreach_copy_(*others)
 
 
 def blocks_differ(written: torch.Tensor, sent: torch.Tensor) -> bool:
     """Whether blocks are not what was copied into them; the arguments are as for `copy_into_blocks`."""
-    if not _suits(written, sent):
+    kernels = _kernels_for(written, sent)
+    if kernels is None:
         return not torch.equal(written, sent)
-    kernels = _kernels(sent.dtype)
-    assert kernels is not None
     return bool(kernels.differs(numpy.array(list(_jobs(written, sent)), dtype=numpy.int64)))
 
 
@@ -80,57 +74,35 @@ def prepare(dtype: torch.dtype) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# which copies, and by how many threads
+# which copies
 
 
-def _suits(destination: torch.Tensor, source: torch.Tensor) -> bool:
+def _kernels_for(destination: torch.Tensor, source: torch.Tensor) -> _Kernels | None:
+    """What copies the one into the other; `None` where that is torch's."""
     groups = source.shape[-2]
-    return (
+    suits = (
         source.shape[-1] == SQUARE
         and groups % SQUARE == 0
+        and source.numel() > 0
         and source.stride(-2) == 1
         and destination.stride()[-3:] == (SQUARE * groups, SQUARE, 1)
         and destination.data_ptr() % CACHE_LINE == 0
         and destination.shape == source.shape
         and destination.dtype == source.dtype
         and destination.device.type == source.device.type == "cpu"
-        and _kernels(source.dtype) is not None
     )
+    return _kernels(source.dtype) if suits else None
 
 
 def _jobs(destination: torch.Tensor, source: torch.Tensor) -> Iterator[_Job]:
     if source.dim() > 3:
         for each_destination, each_source in zip(destination, source, strict=True):
             yield from _jobs(each_destination, each_source)
-    elif source.numel():
+    else:
         size = source.element_size()
         blocks, groups, _ = source.shape
         block, _, row = source.stride()
         yield destination.data_ptr(), source.data_ptr(), blocks, groups, block * size, row * size
-
-
-def _in_threads(copy: Callable[[Any], None], jobs: Any, size: int) -> None:
-    """Share jobs among as many threads as torch computes with."""
-    threads = min(torch.get_num_threads(), MOST_THREADS, len(jobs))
-    if threads > 1:
-        amount = int((jobs[:, 2] * jobs[:, 3]).sum()) * SQUARE * size
-        threads = min(threads, amount // BYTES_OF_A_THREAD)
-    if threads < 2:
-        copy(jobs)
-        return
-    with ThreadPoolExecutor(threads, initializer=_onto_all_cores) as pool:
-        list(pool.map(copy, numpy.array_split(jobs, threads)))
-
-
-def _onto_all_cores() -> None:
-    """Let this thread run wherever one of this process may: vLLM ties each of torch's threads to a core of its own, and
-    the one that starts threads hands its own core on."""
-    cores: set[int] = set()
-    for task in os.listdir("/proc/self/task"):
-        with suppress(OSError):  # it has ended
-            cores |= os.sched_getaffinity(int(task))
-    if cores:
-        os.sched_setaffinity(0, cores)
 
 
 # --------------------------------------------------------------------------------------------------------------------
