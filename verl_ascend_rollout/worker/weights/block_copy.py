@@ -5,9 +5,9 @@ element (1.3 to 1.7 plain copies of the same bytes on one core with AVX-512).  H
 row, turned in registers in four steps, and stored past the cache as whole lines, which a plain copy reads before it
 writes them (0.5 to 0.7 plain copies).
 
-The code for it is LLVM's own language, compiled for the processor at hand by numba, which every vLLM installation for a
-CPU brings along (its drafting of tokens needs it), so no C compiler is asked for.  Where there is no numba, or a copy
-has another form, torch copies: the same bytes, more slowly.
+The code for it is LLVM's own language, compiled for the processor at hand by numba, which vLLM requires on all of them
+but s390x (0.28; for drafting tokens), so no C compiler is asked for.  Where there is no numba, or a copy has another
+form, torch copies: the same bytes, more slowly.
 """
 
 from __future__ import annotations
