@@ -17,6 +17,15 @@ from verl_ascend_rollout.worker.weights.block_copy import CACHE_LINE, SQUARE, bl
 DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _few_threads() -> Iterator[None]:
+    """On a machine with many cores torch would copy, and these tests would hold it against itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def nothing_compiled() -> Iterator[None]:
     block_copy._kernels.cache_clear()
@@ -72,7 +81,6 @@ def test_the_common_case_is_compiled(dtype: torch.dtype, monkeypatch: pytest.Mon
         raise AssertionError("torch copied")
 
     monkeypatch.setattr(torch, "_foreach_copy_", forbidden)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     source = numbers((2, SQUARE, 3 * SQUARE), dtype).transpose(-1, -2)
     destination, _ = within((2, 3 * SQUARE, SQUARE), dtype, 0)
     copy_into_blocks([destination], [source])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from verl_ascend_rollout.worker.weights.block_copy import copy_into_blocks, prepare
+from verl_ascend_rollout.worker.weights.block_copy import compile_for, copy_into_blocks
 from verl_ascend_rollout.worker.weights.storage import storage_of
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ class Blocks:
         """Copy whole experts, shape (..., rows, columns), in checkpoint form into a packed weight."""
         copy_into_blocks([self.packed(weight)], [self.plain(tensor)])
 
-    def prepare(self, dtype: torch.dtype) -> None:
+    def compile_for(self, dtype: torch.dtype) -> None:
         """Compile what packs a weight of a dtype, which takes about a second, before it is needed."""
-        prepare(_INTEGERS[self.group * dtype.itemsize])
+        compile_for(_INTEGERS[self.group * dtype.itemsize])
 
     def region(self, integers: torch.Tensor, region: Region) -> torch.Tensor:
         """A region of a packed weight, which `fits`, as a view.

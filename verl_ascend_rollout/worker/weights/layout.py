@@ -192,7 +192,7 @@ class _Look:
         layout = self._layout(after)
         blocks = self.experts.blocks_in(after) if layout == "repacked" and self.experts is not None else None
         if blocks is not None:
-            blocks.prepare(self.dtype)
+            blocks.compile_for(self.dtype)
         return WeightRecord(
             layout="blocked" if blocks is not None else layout,
             shape=self.shape,
