@@ -7,3 +7,6 @@ __version__ = "0.1.0"
 
 ROLLOUT_NAME = "ascend_safe"
 """The name in `actor_rollout_ref.rollout.name`, and the first part of every Ray actor name of ours."""
+
+PATCHED = "_ascend_safe_patched"
+"""The attribute of a function or class that took the place of another's: which patches it has, by name."""

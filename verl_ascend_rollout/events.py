@@ -1,7 +1,8 @@
 """One typed event for each step of the rollout's life: what was done, how many bytes moved, how long it took.
 
 An event is one line of JSON, appended with a single `write` to a file opened with O_APPEND, so that the trainer, the
-server and vLLM's workers can share one file (POSIX keeps appends apart; a line is far below a page).
+server and vLLM's workers can share one file (POSIX keeps appends apart; a line is far below a page).  No step fails for
+the sake of an event: one that cannot be written is lost, alone, and each process says so once.
 
 The schema, 1.0.  Every line has every field of `Event`; a field that does not apply is null.  Its `step` is one of:
 
@@ -15,6 +16,11 @@ The schema, 1.0.  Every line has every field of `Event`; a field that does not a
     sync     server   none                                         replica, rung
     sync     trainer  none; detail.bytes is what was sent          global_steps, replica, rank, the transport's
     abort    server   none                                         replica, rung, what was aborted
+    routing  trainer  none                                         pass (log_prob, update), and what the replayed record
+                                                                   agrees to (integration.routing_replay, Agreement)
+    restart  server   none; detail.bytes: the snapshot             replica, cause, number, sync, seconds of both parts
+
+`rung` is how the KV cache is given back: the method of the option `kv_release`, by that option's old name.
 
 One weight sync leaves a line in each process that took part; the trainer's spans the server's, and that the worker's.
 More steps and more in `detail` may come with any release (the schema's minor number); a field that changes its meaning
@@ -24,14 +30,19 @@ or goes is a new major number, which `load` refuses.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
-import math
+import logging
 import os
+import socket
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
 
 EVENTS_VARIABLE = "ASCEND_SAFE_EVENTS"
 """The environment variable by which the server actor tells vLLM's worker processes where the events go."""
@@ -60,6 +71,7 @@ class Event:
         detail: what else is worth knowing, as JSON values.
         time: seconds since the epoch at which the step ended.
         pid: the process id.
+        host: the name of the node that it ran on: the nodes of a cluster may share one file.
         schema: `SCHEMA` of the release that wrote the line.
     """
 
@@ -73,28 +85,88 @@ class Event:
     detail: dict[str, Any] = field(default_factory=dict)
     time: float = field(default_factory=time.time)
     pid: int = field(default_factory=os.getpid)
+    host: str = field(default_factory=socket.gethostname)
     schema: str = SCHEMA
 
     def to_json(self) -> str:
-        """The event as one line of JSON, without the newline."""
+        """Return the event as one line of JSON, without the newline."""
         return json.dumps(dataclasses.asdict(self), default=str)
+
+
+_complained_in: int | None = None
+"""The process that has said that events are lost; one that is forked from it says so for itself."""
 
 
 def emit(event: Event, path: str | os.PathLike[str] | None = None) -> None:
     """Append `event` to `path`, or to the file that ASCEND_SAFE_EVENTS names; without either, do nothing.
 
-    Raises:
-        OSError: when the file cannot be written: an event that was asked for and lost would be silent.
+    Never raises: the step that the event is about is done.  The first event that a process cannot write (a full disk, a
+    folder that is not there) is an ERROR line.
     """
+    global _complained_in
     target = path or os.environ.get(EVENTS_VARIABLE)
     if not target:
         return
-    line = (event.to_json() + "\n").encode()
-    descriptor = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        os.write(descriptor, line)
+        _append(target, event.to_json().encode() + b"\n")
+    except Exception as error:  # also a path or a detail that Python cannot make anything of
+        if _complained_in != os.getpid():
+            _complained_in = os.getpid()
+            logger.error(
+                "The event %r of process %d is lost, and further ones may be, which is not said again: %s cannot be "
+                "written (%s). The run goes on; free the disk, or let engine_kwargs.ascend_safe.events name a file in "
+                "a folder that is there",
+                event.step,
+                os.getpid(),
+                target,
+                getattr(error, "strerror", None) or error,
+            )
+
+
+def _append(path: str | os.PathLike[str], line: bytes) -> None:
+    """Append a line; once more where the file ended within one, since the first copy is now that line's end.
+
+    Raises:
+        OSError: it was not written, or not to its end.
+    """
+    # O_NONBLOCK: a named pipe that nobody reads is an error and no wait.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o644)
+    try:
+        _write(descriptor, line)
+        if _follows_a_torn_line(path, descriptor, len(line)):
+            _write(descriptor, line)
     finally:
         os.close(descriptor)
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    written = os.write(descriptor, line)
+    if written < len(line):
+        raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes were taken")
+
+
+def _follows_a_torn_line(path: str | os.PathLike[str], descriptor: int, length: int) -> bool:
+    """Return whether what was written last, of this length, did not begin a line: a full disk or a kill tore the one
+    before.
+
+    Looked for after the write: before it, another process may be within its own.
+    """
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return False
+    start = os.lseek(descriptor, 0, os.SEEK_CUR) - length
+    if start <= 0:
+        return False
+    try:
+        with open(path, "rb") as opened:
+            opened.seek(start - 1)
+            return opened.read(1) != b"\n"
+    except OSError:  # a file that may be written and not read
+        return False
+
+
+LARGEST = 1e15
+"""No event has a number like it: it is a petabyte, or in the year of 31 million."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +175,8 @@ class Log:
 
     Attributes:
         events: the events, in the order in which they were written.
-        torn: how many lines are no events: cut off when a job was killed, or written by something else.
+        torn: how many lines are no events: cut off when a job was killed or the disk was full, or written by something
+            else.
     """
 
     events: tuple[dict[str, Any], ...]
@@ -111,7 +184,7 @@ class Log:
 
 
 def load(path: str | os.PathLike[str]) -> Log:
-    """The events of a file; lines that are none are counted.
+    """Return the events of a file; lines that are none are counted.
 
     Raises:
         EventsError: there is no such file, or a later release wrote it in a layout that is not known here.
@@ -130,7 +203,7 @@ def load(path: str | os.PathLike[str]) -> Log:
             continue
         try:
             event = json.loads(line)
-        except ValueError:  # no JSON, or no UTF-8
+        except (ValueError, RecursionError):  # no JSON, or no UTF-8
             torn += 1
             continue
         if not _is_event(event):
@@ -147,7 +220,7 @@ def load(path: str | os.PathLike[str]) -> Log:
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The events of a file, in the order in which they were written; a torn line (a killed job) is left out.
+    """Yield the events of a file, in the order in which they were written; a torn line (a killed job) is left out.
 
     Raises:
         EventsError: see `load`.
@@ -161,6 +234,10 @@ def _is_event(value: Any) -> bool:
     numbers: list[Any] = [value.get("time"), value.get("seconds")]
     for name in ("bytes_before", "bytes_after", "rss_before", "rss_after"):
         numbers.append(0 if value.get(name) is None else value[name])
-    # bool is an int to Python; and Python's JSON has NaN.
+    # bool is an int to Python; Python's JSON has NaN, and whole numbers without end.
     numeric = all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
-    return numeric and all(math.isfinite(number) for number in numbers) and isinstance(value.get("detail", {}), dict)
+    return numeric and all(abs(number) < LARGEST for number in numbers) and _is_detail(value.get("detail", {}))
+
+
+def _is_detail(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("tags") or [], list)

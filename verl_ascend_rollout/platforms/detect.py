@@ -22,7 +22,7 @@ from verl_ascend_rollout.platforms.base import (
 OVERRIDE = "VERL_PLATFORM"
 """verl's own variable for the platform (verl 0.9.1, plugin/platform/platform_manager.py:90)."""
 
-_NAMES: dict[str, tuple[PlatformName, str]] = {
+NAMES: dict[str, tuple[PlatformName, str]] = {
     "cpu": ("cpu", "cpu"),
     "cuda": ("cuda", "nvidia"),
     "nvidia": ("cuda", "nvidia"),
@@ -37,7 +37,7 @@ _NAMES: dict[str, tuple[PlatformName, str]] = {
 
 
 def verl_platform_name(name: str) -> str:
-    """The key in verl's PlatformRegistry for a name that users write: `npu` is `huawei`, `cuda` is `nvidia`.
+    """Return the key in verl's PlatformRegistry for a name that users write: `npu` is `huawei`, `cuda` is `nvidia`.
 
     verl 0.9.1's documentation says VERL_PLATFORM=npu (plugin/platform/README.md), which its registry does not have.
 
@@ -54,7 +54,7 @@ def detect(
     *,
     smi: bool = False,
 ) -> PlatformFacts:
-    """The platform that VERL_PLATFORM names, or else the first that is there of NPU, CUDA and CPU.  Takes milliseconds.
+    """Return the platform that VERL_PLATFORM names, or else the first that is there of NPU, CUDA and CPU.
 
     A platform that VERL_PLATFORM names is taken at its word, devices or none: a driver on a head node has none.
 
@@ -81,7 +81,7 @@ def detect(
 
 
 def planned(name: PlatformName, soc: Soc | None = None, versions: Mapping[str, str] | None = None) -> PlatformFacts:
-    """The facts of a machine that is only planned: nothing is looked at, and what was not said is not known.
+    """Return the facts of a machine that is only planned: nothing is looked at, and what was not said is not known.
 
     Raises:
         PlatformError: a SoC for a platform other than `npu`.
@@ -93,7 +93,7 @@ def planned(name: PlatformName, soc: Soc | None = None, versions: Mapping[str, s
         "cuda": ("nvidia", "GPU", cuda.VISIBLE_DEVICES),
         "npu": ("huawei", "NPU", npu.VISIBLE_DEVICES),
     }[name]
-    unknown: dict[str, bool | None] = {"sleep_mode": None, "graphs": None, "ipc": None, "kv_release": None}
+    unknown: dict[str, bool | None] = {"sleep_mode": None, "graphs": None, "ipc": None}
     cpu_has = {"sleep_mode": False, "graphs": False, "ipc": False}
     return PlatformFacts(
         name=name,
@@ -110,10 +110,10 @@ def planned(name: PlatformName, soc: Soc | None = None, versions: Mapping[str, s
 
 def _known(name: str) -> tuple[PlatformName, str]:
     try:
-        return _NAMES[name.strip().lower()]
+        return NAMES[name.strip().lower()]
     except KeyError:
         raise PlatformError(
-            f"{OVERRIDE}={name.strip()} names no platform: set it to one of {', '.join(_NAMES)}, or unset it to have "
+            f"{OVERRIDE}={name.strip()} names no platform: set it to one of {', '.join(NAMES)}, or unset it to have "
             "the platform found"
         ) from None
 

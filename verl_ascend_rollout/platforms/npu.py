@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from verl_ascend_rollout.platforms.base import (
     ROOT,
@@ -30,7 +30,7 @@ def describe(
     *,
     smi: bool = False,
 ) -> PlatformFacts:
-    """The facts of this machine taken as one with NPUs, even where none is seen (`device_count` is then 0).
+    """Return the facts of this machine taken as one with NPUs, even where none is seen (`device_count` is then 0).
 
     Args:
         smi: also ask `npu-smi` for the name of the chip, which takes up to SMI_SECONDS.
@@ -58,7 +58,6 @@ def describe(
             "graphs": True if nodes else None,
             # Depends on the driver and on CANN; verl asks both (verl 0.9.1, plugin/platform/platform_npu.py:164).
             "ipc": None,
-            "kv_release": None,
         },
         evidence=tuple(evidence),
     )
@@ -71,7 +70,7 @@ def find(
     *,
     smi: bool = False,
 ) -> PlatformFacts | None:
-    """The facts, where this is a machine for NPUs; else `None`.
+    """Return the facts, where this is a machine for NPUs; else `None`.
 
     An installed torch-npu is enough, as it is for verl, which asks only whether it can be imported (verl 0.9.1,
     plugin/platform/platform_npu.py:60): a Ray actor that was given no NPU has no device to show.
@@ -84,8 +83,13 @@ def find(
     return None
 
 
+def soc_named(text: str) -> Soc | None:
+    """Return the generation that a person names, by itself or by a chip's name; `None` where it is none."""
+    return next((soc for soc in get_args(Soc) if text.strip().upper() == soc), None) or soc_of(text)
+
+
 def soc_of(chip: str) -> Soc | None:
-    """The generation that a chip name, or a SOC_VERSION of vllm-ascend's build, stands for.
+    """Return the generation that a chip name, or a SOC_VERSION of vllm-ascend's build, stands for.
 
     The names: vllm-ascend main, vllm_ascend/device and setup.py (910b* and a2g* are A2, 910_93* and 910c A3, 310p*
     310P, ascend950* A5); 910_95 is verl's other name for A5 (verl 0.9.1, verl/utils/device.py:212).
@@ -103,7 +107,7 @@ def soc_of(chip: str) -> Soc | None:
 
 
 def _build_info(evidence: list[str]) -> dict[str, str]:
-    """The assignments in vllm_ascend/_build_info.py, which its build writes, read as text."""
+    """Return the assignments in vllm_ascend/_build_info.py, which its build writes, read as text."""
     folder = package_folder("vllm_ascend")
     if folder is None:
         return {}
@@ -116,7 +120,7 @@ def _build_info(evidence: list[str]) -> dict[str, str]:
 
 
 def _soc(has_devices: bool, build: Mapping[str, str], smi: bool, evidence: list[str]) -> Soc | None:
-    """The chip, by npu-smi where it is asked, else by vllm-ascend's build.
+    """Return the chip, by npu-smi where it is asked, else by vllm-ascend's build.
 
     vllm-ascend refuses to start on a chip that it was not built for (0.13 to main, check_ascend_device_type), so its
     build tells the chip; but only where there is one: a build without an NPU at hand says A2 whatever comes later.
@@ -140,7 +144,7 @@ def _soc(has_devices: bool, build: Mapping[str, str], smi: bool, evidence: list[
 
 
 def chip_by_smi() -> str | None:
-    """The first chip's name, put together from npu-smi's fields as SOC_VERSION is.
+    """Return the first chip's name, put together from npu-smi's fields as SOC_VERSION is.
 
     A2 has chip type "Ascend" and name "910B3", 310P type "Ascend" and name "310P3"; A3 has no chip type but an NPU
     name: "Ascend910" and "9391".  A5 gives its name for the board, the others for a chip of it (vllm-ascend main,

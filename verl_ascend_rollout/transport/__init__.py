@@ -4,7 +4,7 @@ The trainer's process is the sender, each worker of the rollout engine a receive
 that the copy into one overlaps with the loading of the other; a tensor larger than a bucket travels in pieces.
 
     sender                                            receiver, one for each worker
-    listens in a private folder (`rendezvous`)
+    listens on a socket without a file (`rendezvous`)
     Hello, and the buckets' file descriptor   ──►     checks version and seals, maps the buckets read-only
                                               ◄──     Ready
     fills bucket 0; Bucket(0, its pieces)     ──►     checks every piece, loads
@@ -15,9 +15,8 @@ that the copy into one overlaps with the loading of the other; a tensor larger t
                                               ◄──     Done
     either side, when it fails: Broken(reason), so that the other fails at once and with the reason
 
-Nothing has a name while weights move: the buckets are a memfd, which travels over the socket, and the socket's folder
-is removed once all receivers have connected.  So nothing is left behind by a kill -9 either, except for a folder with a
-socket where the kill came before that; the next sender removes it (`rendezvous.remove_leftovers`).
+Nothing of it is in a file system: the buckets are a memfd, which travels over the socket, and the socket is abstract.
+So a kill -9 leaves nothing behind, and nodes that share a temporary folder do not meet in it.
 
 No pickle: messages are msgpack, checked field by field (`messages`).  This package imports neither verl nor vLLM.
 """

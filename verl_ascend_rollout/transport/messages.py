@@ -134,7 +134,7 @@ class Broken(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="broke
 
 
 def broken(reason: str) -> Broken:
-    """A `Broken` that fits into one sentence, whatever the error's own text was."""
+    """Return a `Broken` that fits into one sentence, whatever the error's own text was."""
     return Broken(" ".join(reason.split())[:2000])
 
 
@@ -176,7 +176,7 @@ class Connection:
         self._while_waiting = while_waiting
 
     def fileno(self) -> int:
-        """The socket's file descriptor, for `select.poll`."""
+        """Return the socket's file descriptor, for `select.poll`."""
         return self._socket.fileno()
 
     def close(self) -> None:
@@ -252,7 +252,7 @@ class Connection:
         return ready
 
     def malformed(self, what: str) -> ProtocolError:
-        """The error for a message that cannot be right."""
+        """Return the error for a message that cannot be right."""
         return ProtocolError(f"What {self.peer} sent is no weight stream of this protocol: {what}")
 
     def _checked(self, message: Message, expected: tuple[type[Any], ...]) -> Any:
@@ -308,7 +308,7 @@ class Connection:
         wait_for([self], event, deadline, self._while_waiting)
 
     def _why_closed(self, error: OSError) -> TransportError:
-        """Why a message could not be sent: what the peer said before it closed, or that it said nothing."""
+        """Return why a message could not be sent: what the peer said before it closed, or that it said nothing."""
         try:
             while True:
                 message = self._read_message(time.monotonic())

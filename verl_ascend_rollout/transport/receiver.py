@@ -27,14 +27,14 @@ from verl_ascend_rollout.transport.messages import (
     broken,
 )
 from verl_ascend_rollout.transport.segment import map_read_only
+from verl_ascend_rollout.transport.stream import NamedTensor
 from verl_ascend_rollout.transport.tensors import ALIGNMENT, DTYPES, RunningChecksum, Summary
 
-NamedTensor = tuple[str, torch.Tensor]
 Load = Callable[[list[NamedTensor]], object]
 
 
 def receive_weights(
-    folder: str,
+    name: str,
     load: Load,
     *,
     rank: int = 0,
@@ -42,21 +42,21 @@ def receive_weights(
     copy: bool = True,
     timeout: float = 600.0,
 ) -> Summary:
-    """Take one set of weights from the sender that listens in `folder`.
+    """Take one set of weights from the sender of that name.
 
     Memory beside what `load` keeps: with `copy` one bucket; and one buffer of the size of a tensor that is larger than
     a bucket, while it comes.
 
     Args:
-        folder: `WeightSender.folder`.
-        load: called for each bucket with its (name, tensor) pairs, in the order in which they were sent.  A tensor in
+        name: `WeightSender.name`.
+        load: called for each bucket with its weights, in the order in which they were sent.  A tensor in
             several pieces comes with the bucket of its last piece.  The sender fills the other bucket meanwhile.
         rank: this worker's rank in its engine, for messages.
         device: where the tensors are handed over.
         copy: hand over tensors that own their memory.  Without it a tensor on the CPU may be a view of the bucket:
             valid until `load` returns, and read-only (writing to it ends the process).  On any other device the
             tensors of a bucket are parts of one copy of it.
-        timeout: seconds that the sender may take to fill the next bucket.
+        timeout: seconds that the sender may take to come, and to fill the next bucket.
 
     Returns:
         What came, and its checksum where the sender took any.
@@ -66,7 +66,7 @@ def receive_weights(
         TransportError: the sender failed, ended, or stands still.
         Exception: whatever `load` raised, after the sender has been told.
     """
-    connected, credentials = rendezvous.connect(folder)
+    connected, credentials = rendezvous.connect(name, timeout)
     connection = Connection(connected, f"the trainer (process {credentials.pid})", timeout)
     try:
         return _receive(connection, load, rank, torch.device(device), copy)
@@ -99,18 +99,18 @@ def _receive(connection: Connection, load: Load, rank: int, device: torch.device
     return summary
 
 
-def _hand_over(load: Load, tensors: list[NamedTensor]) -> None:
-    """In a function of its own, so that no variable here keeps the tensors until the next bucket."""
-    if tensors:
-        load(tensors)
+def _hand_over(load: Load, weights: list[NamedTensor]) -> None:
+    """In a function of its own, so that no variable here keeps the weights until the next bucket."""
+    if weights:
+        load(weights)
 
 
 @dataclass
-class _Part:
+class _Unfinished:
     """A tensor that is larger than a bucket, as far as it has come."""
 
     first: Piece
-    buffer: torch.Tensor
+    tensor: torch.Tensor
     filled: int
 
 
@@ -126,11 +126,11 @@ class _Stream:
     number: int = 0
     names: set[str] = field(default_factory=set)
     bytes: int = 0
-    part: _Part | None = None
+    unfinished: _Unfinished | None = None
     checksum: RunningChecksum = field(default_factory=RunningChecksum)
 
     def take(self, bucket: Bucket) -> list[NamedTensor]:
-        """The tensors that are whole with this bucket; all pieces are checked before the first is copied."""
+        """Return the tensors that are whole with this bucket; all pieces are checked before the first is copied."""
         if bucket.number != self.number:
             raise self.connection.malformed(f"bucket {bucket.number} came where bucket {self.number} was due")
         self._check_pieces(bucket.pieces)
@@ -139,22 +139,21 @@ class _Stream:
         memory = self.memory[start : start + used]
         # One transfer for the whole bucket: a small one for each expert would cost more than its bytes.
         arrived = memory.to(self.device)
-        found: list[NamedTensor] = []
+        weights: list[NamedTensor] = []
         for piece in bucket.pieces:
             place = slice(piece.offset, piece.offset + piece.size)
             tensor = self._take_piece(piece, memory[place], arrived[place])
             if tensor is not None:
-                found.append((piece.name, tensor))
+                weights.append((piece.name, tensor))
         self.number += 1
-        return found
+        return weights
 
     def end(self, end: End, seconds: float) -> Summary:
         """Compare what came with what the sender says it sent."""
         checksum = self.checksum.of_all() if self.hello.checksums else None
-        if self.part is not None:
-            raise self.connection.malformed(
-                f"it ends after {self.part.filled} of the {_bytes_of(self.part.first)} bytes of {self.part.first.name}"
-            )
+        if self.unfinished is not None:
+            first, filled = self.unfinished.first, self.unfinished.filled
+            raise self.connection.malformed(f"it ends after {filled} of the {_bytes_of(first)} bytes of {first.name}")
         if (end.tensors, end.bytes) != (len(self.names), self.bytes):
             raise self.connection.malformed(
                 f"it ends with {end.tensors} tensors of {end.bytes} bytes, and {len(self.names)} of {self.bytes} bytes "
@@ -165,9 +164,9 @@ class _Stream:
         return Summary(end.tensors, end.bytes, seconds, None if checksum is None else f"{checksum:016x}")
 
     def _check_pieces(self, pieces: list[Piece]) -> None:
-        """Every rule of a bucket's pieces, before anything is allocated or read for them."""
+        """Check every rule of a bucket's pieces, before anything is allocated or read for them."""
         position = 0
-        part, filled = (self.part.first, self.part.filled) if self.part is not None else (None, 0)
+        begun, filled = (self.unfinished.first, self.unfinished.filled) if self.unfinished is not None else (None, 0)
         names = set()
         for piece in pieces:
             name, wrong = piece.name, None
@@ -180,13 +179,13 @@ class _Stream:
                     f"is said to lie at bytes {piece.offset} to {piece.offset + piece.size} of a bucket of "
                     f"{self.hello.bucket_bytes}"
                 )
-            elif part is None and (name in self.names or name in names):
+            elif begun is None and (name in self.names or name in names):
                 wrong = "comes a second time"
-            elif part is None and piece.start != 0:
+            elif begun is None and piece.start != 0:
                 wrong = f"starts with its byte {piece.start}"
-            elif part is not None and (name, piece.dtype, piece.shape) != (part.name, part.dtype, part.shape):
-                wrong = f"comes before {part.name} is whole"
-            elif part is not None and piece.start != filled:
+            elif begun is not None and (name, piece.dtype, piece.shape) != (begun.name, begun.dtype, begun.shape):
+                wrong = f"comes before {begun.name} is whole"
+            elif begun is not None and piece.start != filled:
                 wrong = f"goes on with its byte {piece.start} after byte {filled}"
             elif piece.start + piece.size > _bytes_of(piece):
                 wrong = f"has {piece.start + piece.size} bytes for a {piece.dtype} of shape {piece.shape}"
@@ -197,11 +196,11 @@ class _Stream:
             if wrong is not None:
                 raise self.connection.malformed(f"{name} {wrong}")
             position = piece.offset + piece.size
-            part, filled = (None, 0) if _is_last(piece) else (piece, piece.start + piece.size)
+            begun, filled = (None, 0) if _is_last(piece) else (piece, piece.start + piece.size)
             names.add(name)
 
     def _take_piece(self, piece: Piece, sent: torch.Tensor, arrived: torch.Tensor) -> torch.Tensor | None:
-        """The tensor, when this piece makes it whole.
+        """Return the tensor, when this piece makes it whole.
 
         Args:
             piece: which part of which tensor.
@@ -215,19 +214,19 @@ class _Stream:
                     f"{piece.name} did not arrive as {self.connection.peer} sent it: its checksum differs"
                 )
         if piece.start == 0 and _is_last(piece):
-            whole = arrived.clone() if self.copy and self.device.type == "cpu" else arrived
+            tensor = arrived.clone() if self.copy and self.device.type == "cpu" else arrived
         else:
-            if self.part is None:
-                self.part = _Part(piece, self._allocate(piece), 0)
-            part = self.part
-            part.buffer[piece.start : piece.start + piece.size].copy_(arrived)
-            part.filled += piece.size
+            if self.unfinished is None:
+                self.unfinished = _Unfinished(piece, self._allocate(piece), 0)
+            unfinished = self.unfinished
+            unfinished.tensor[piece.start : piece.start + piece.size].copy_(arrived)
+            unfinished.filled += piece.size
             if not _is_last(piece):
                 return None
-            whole, self.part = part.buffer, None
+            tensor, self.unfinished = unfinished.tensor, None
         self.names.add(piece.name)
         self.bytes += _bytes_of(piece)
-        return whole.view(DTYPES[piece.dtype]).view(piece.shape)
+        return tensor.view(DTYPES[piece.dtype]).view(piece.shape)
 
     def _allocate(self, piece: Piece) -> torch.Tensor:
         size = _bytes_of(piece)

@@ -1,30 +1,28 @@
-"""Where a sender and its receivers meet: a Unix socket in a folder that only their user can enter.
+"""Where a sender and its receivers meet: an abstract Unix socket, which has a name and no file (unix(7)).
 
-The folder has a name that cannot be guessed, which reaches the receivers with the call that asks them to receive.  It
-is locked (flock) by the sender as long as it lives, so that another sender can tell a folder in use from one that a
-killed process left, also where they do not see each other's process ids (containers that share a temporary folder).
+It ends with its process, whatever ends that, so that a kill -9 leaves nothing; and a temporary folder that several
+nodes share has no part in it.  The namespace is that of the network: nodes that share one, as Ray nodes on one machine
+and containers on the host's network do, are told apart by the name, which has the node in it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import errno
 import os
 import secrets
-import shutil
 import socket
-import stat
 import struct
-import tempfile
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 from verl_ascend_rollout.transport.messages import PeerSilentError, TransportError, WhileWaiting
 
 PREFIX = "ascend_safe_weights-"
-SOCKET = "socket"
+NODE_VARIABLE = "ASCEND_SAFE_NODE"
+"""Which of Ray's nodes this is, for processes of the rollout engine, which are none of Ray's."""
+
 _CREDENTIALS = struct.Struct("3i")
+_POLL_SECONDS = 0.1
 
 
 class Credentials(NamedTuple):
@@ -35,29 +33,39 @@ class Credentials(NamedTuple):
     gid: int
 
 
-class Listener:
-    """A socket that receivers connect to.  Close it as soon as all have: then nothing is left that has a name."""
+def on_node(name: str, node: str) -> str:
+    """Return the name on one node of what has `name` on several.
 
-    def __init__(self, base: str | None = None) -> None:
-        """Make the folder and listen.
+    Args:
+        name: unique on a node, at most 60 bytes: an address has room for 107.
+        node: Ray's id of the node: random, of which half the digits tell any two apart.
+    """
+    return f"{name}-{node[:24]}"
+
+
+class Listener:
+    """A socket that receivers connect to.  Close it as soon as all have."""
+
+    def __init__(self, name: str | None = None) -> None:
+        """Listen.
 
         Args:
-            base: the folder in which to make it; the system's temporary folder by default.
+            name: by which receivers find this sender; by default one that nobody can guess.
 
         Raises:
-            TransportError: the folder or the socket could not be made.
+            TransportError: the name is taken.
         """
-        base = base or tempfile.gettempdir()
-        remove_leftovers(base)
+        self.name = name or secrets.token_hex(16)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self.folder, self._folder_descriptor = _make_locked_folder(base)
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self._socket.bind(_address(self._folder_descriptor))
+            self._socket.bind(_address(self.name))
             self._socket.listen(64)
-            self._socket.settimeout(0.1)
         except OSError as error:
             self.close()
-            raise TransportError(f"No socket for the weight sync could be made in {base}: {error.strerror}") from error
+            raise TransportError(
+                f"No socket for the weight sync could be made with the name {self.name}: {error.strerror or error}"
+            ) from error
+        self._socket.settimeout(_POLL_SECONDS)
 
     def accept(self, deadline: float, while_waiting: WhileWaiting | None = None) -> tuple[socket.socket, Credentials]:
         """Wait for the next receiver.  Connections of other users are dropped.
@@ -86,83 +94,50 @@ class Listener:
             connected.close()
 
     def close(self) -> None:
-        """Remove the socket and its folder.  A second call does nothing."""
-        if hasattr(self, "_socket"):
-            self._socket.close()
-        if hasattr(self, "_folder_descriptor"):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._folder_descriptor)
-            del self._folder_descriptor
+        """Stop listening; the name is free.  A second call does nothing."""
+        self._socket.close()
 
 
-def connect(folder: str) -> tuple[socket.socket, Credentials]:
-    """Connect to the sender that listens in `folder`.
+def connect(name: str, timeout: float) -> tuple[socket.socket, Credentials]:
+    """Connect to the sender of that name.
+
+    Args:
+        name: `Listener.name`.
+        timeout: seconds to wait for it: of an engine on several nodes, the call comes from the first, and the trainer
+            on another may not have come as far.
 
     Raises:
-        TransportError: nobody listens there, or the folder or the listener is not this user's alone.
+        TransportError: nobody listens, or another user does.
     """
-    connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    deadline = time.monotonic() + timeout
+    while True:
+        connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            status = os.fstat(descriptor)
-            if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077:
-                raise TransportError(f"The folder {folder} of the weight sync is open to other users: nothing is taken")
-            connected.connect(_address(descriptor))
-        finally:
-            os.close(descriptor)
-        credentials = credentials_of(connected)
-        if credentials.uid != os.geteuid():
-            raise TransportError(f"User {credentials.uid} listens in {folder}, not this one: nothing is taken")
-    except OSError as error:
+            connected.connect(_address(name))
+            credentials = credentials_of(connected)
+        except OSError as error:
+            connected.close()
+            if error.errno != errno.ECONNREFUSED or time.monotonic() >= deadline:
+                raise TransportError(
+                    f"No trainer listens on this node for the weight sync {name}: {error.strerror or error}; it ended, "
+                    "or has not come as far in time"
+                ) from error
+            time.sleep(_POLL_SECONDS)
+            continue
+        if credentials.uid == os.geteuid():
+            return connected, credentials
         connected.close()
         raise TransportError(
-            f"The trainer that announced this weight sync no longer listens in {folder}: {error.strerror}"
-        ) from error
-    except BaseException:
-        connected.close()
-        raise
-    return connected, credentials
-
-
-def remove_leftovers(base: str) -> list[str]:
-    """Remove this user's folders in `base` whose sender has ended; their paths.  Never raises."""
-    removed = []
-    with contextlib.suppress(OSError):
-        for folder in Path(base).glob(f"{PREFIX}*"):
-            with contextlib.suppress(OSError):
-                descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-                try:
-                    if os.fstat(descriptor).st_uid != os.geteuid():
-                        continue
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder)
-                    removed.append(str(folder))
-                finally:
-                    os.close(descriptor)
-    return removed
+            f"User {credentials.uid} listens for the weight sync {name}, not this one: nothing is taken"
+        )
 
 
 def credentials_of(connected: socket.socket) -> Credentials:
-    """The peer's process, user and group."""
+    """Return the peer's process, user and group."""
     return Credentials(
         *_CREDENTIALS.unpack(connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     )
 
 
-def _make_locked_folder(base: str) -> tuple[str, int]:
-    """A new folder of mode 0700, and the descriptor that holds its lock."""
-    while True:
-        folder = os.path.join(base, PREFIX + secrets.token_hex(16))
-        os.mkdir(folder, 0o700)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        # Between the first and the last line another sender could take it for a leftover.
-        if os.path.exists(folder):
-            return folder, descriptor
-        os.close(descriptor)
-
-
-def _address(folder_descriptor: int) -> str:
-    """The socket's path by way of the open folder: an address has room for 107 bytes only (unix(7))."""
-    return f"/proc/self/fd/{folder_descriptor}/{SOCKET}"
+def _address(name: str) -> str:
+    return f"\0{PREFIX}{name}"

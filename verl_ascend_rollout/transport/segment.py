@@ -78,7 +78,7 @@ class Segment:
 
 
 def map_read_only(descriptor: int, size: int) -> torch.Tensor:
-    """A receiver's view of a segment: `size` bytes as uint8, to be read only (writing ends the process).
+    """Return a receiver's view of a segment: `size` bytes as uint8, to be read only (writing ends the process).
 
     Args:
         descriptor: the segment's; may be closed afterwards.

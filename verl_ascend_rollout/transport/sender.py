@@ -36,7 +36,7 @@ class WeightSender:
     """Sends one set of weights.  A context manager: on an exception the receivers are told why it ended.
 
         with WeightSender(receivers=2, bucket_bytes=64 * 2**20) as sender:
-            ask_two_processes_to_receive(sender.folder)
+            ask_two_processes_to_receive(sender.name)
             sender.connect()
             for name, tensor in weights:
                 sender.send(name, tensor)
@@ -53,7 +53,7 @@ class WeightSender:
         bucket_bytes: int,
         checksums: bool = False,
         timeout: float = 600.0,
-        base: str | None = None,
+        name: str | None = None,
     ) -> None:
         """Make the buckets and listen.
 
@@ -62,10 +62,10 @@ class WeightSender:
             bucket_bytes: the size of each of the two buckets; rounded up to a multiple of 64.
             checksums: send a checksum with each tensor, which the receivers then verify.
             timeout: seconds that a receiver may take to connect, or to load one bucket.
-            base: where the folder of the socket is made; the system's temporary folder by default.
+            name: by which receivers find this sender; by default one that nobody can guess.
 
         Raises:
-            TransportError: no room for the buckets, or no socket.
+            TransportError: no room for the buckets, or the name is taken.
             ValueError: no receivers, or no bytes.
         """
         if receivers < 1 or bucket_bytes < 1:
@@ -73,7 +73,7 @@ class WeightSender:
         self._bucket_bytes = aligned(bucket_bytes)
         self._segment = Segment(BUCKETS * self._bucket_bytes)
         try:
-            self._listener = rendezvous.Listener(base)
+            self._listener = rendezvous.Listener(name)
         except BaseException:
             self._segment.close()
             raise
@@ -93,9 +93,9 @@ class WeightSender:
         self._started = time.perf_counter()
 
     @property
-    def folder(self) -> str:
-        """Where the receivers connect to; hand it to them, and to nobody else."""
-        return self._listener.folder
+    def name(self) -> str:
+        """By which receivers find this sender."""
+        return self._listener.name
 
     def __enter__(self) -> WeightSender:
         return self
@@ -108,7 +108,7 @@ class WeightSender:
         self.close()
 
     def connect(self, while_waiting: WhileWaiting | None = None) -> None:
-        """Wait for all receivers, and agree on the buckets with each.  Afterwards the folder is gone.
+        """Wait for all receivers, and agree on the buckets with each.  Afterwards the name is free.
 
         Args:
             while_waiting: asked now and in every later wait; see `messages.WhileWaiting`.
@@ -203,7 +203,7 @@ class WeightSender:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _room_for(self, size: int) -> int:
-        """Where in the bucket the next piece of `size` bytes goes; waits until the bucket is free."""
+        """Find where in the bucket the next piece of `size` bytes goes; wait until the bucket is free."""
         if not self._writable:
             self._wait_until_loaded(self._number - BUCKETS)
             self._writable = True
@@ -212,7 +212,7 @@ class WeightSender:
         return offset
 
     def _position(self, offset: int) -> int:
-        """Where an offset in the current bucket is in the segment."""
+        """Return where an offset in the current bucket is in the segment."""
         return self._number % BUCKETS * self._bucket_bytes + offset
 
     def _at(self, offset: int, size: int) -> torch.Tensor:
@@ -232,7 +232,7 @@ class WeightSender:
             self._hand_over()
 
     def _hand_over(self) -> None:
-        """The current bucket is full: tell the receivers, and turn to the next."""
+        """Tell the receivers that the current bucket is full, and turn to the next."""
         bucket = Bucket(self._number, self._pieces)
         for connection in self._connections:
             connection.send(bucket)

@@ -68,17 +68,17 @@ class RunningChecksum:
         self._tensor.update(piece.numpy().data)
 
     def end_tensor(self) -> int:
-        """The checksum of the tensor whose last piece was just taken in."""
+        """Return the checksum of the tensor whose last piece was just taken in."""
         digest = int(self._tensor.intdigest())
         self._tensor.reset()
         self._all.update(digest.to_bytes(8, "big"))
         return digest
 
     def of_all(self) -> int:
-        """The checksum of all tensors' checksums so far."""
+        """Return the checksum of all tensors' checksums so far."""
         return int(self._all.intdigest())
 
 
 def aligned(offset: int) -> int:
-    """The first offset from `offset` on at which a piece may start."""
+    """Return the first offset from `offset` on at which a piece may start."""
     return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -1,11 +1,11 @@
-"""The KV-cache ladder: how the memory of the KV cache is given back and taken again, inside vLLM's worker process.
+"""How the memory of the KV cache is given back and taken again, inside vLLM's worker process.
 
-Four rungs, walked from the top once, at start-up, by asking what the engine has:
+The policy gives an ordered list of methods; once, at start-up, the first is taken that works with what the engine has:
 
-- `release_kv_cache`: sleep mode that can discard the KV cache alone, and leaves the weights where they are
-  (vllm#44890: `Worker.discard`, in vLLM from 0.31 on; not on a CPU, and not in vllm-ascend 0.11 to 0.30).
+- `kv_only`: sleep mode that can discard the KV cache alone, and leaves the weights where they are (vllm#44890:
+  `Worker.discard`, in vLLM from 0.31 on; not on a CPU, and not in vllm-ascend 0.11 to 0.30).
 - `sleep`: vLLM's sleep mode (CUDA cumem, Ascend CaMem) unmaps the memory and keeps the addresses.
-- `direct`: no sleep mode, and eager: drop the tensors and make them again (`kv_aliases` has who refers to them).
+- `reallocate`: eager: drop the tensors and make them again (`kv_references` has who refers to them).
 - `keep`: nothing safe; the memory stays, and the report says what stood in the way.
 """
 
@@ -13,52 +13,45 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import inspect
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import psutil
 import torch
 
-from verl_ascend_rollout.worker import kv_aliases
+from verl_ascend_rollout.options import KVMethod
+from verl_ascend_rollout.worker import kv_references
 
-Rung = Literal["release_kv_cache", "sleep", "direct", "keep"]
+METHODS: tuple[KVMethod, ...] = get_args(KVMethod)
+"""All of them, in the order in which they are tried where there is no policy (a smoke test, a script)."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class KVCacheChange:
-    """What one `free_cache_engine` or `init_cache_engine` did.
-
-    Attributes:
-        action: `free` or `init`.
-        rung: the rung that was used.
-        changed: whether there was anything to do: a second free, or a second init, finds nothing.
-        bytes_before, bytes_after: bytes that KV tensors hold, before and after, each storage counted once.
-        rss_before, rss_after: resident memory of the worker process, in bytes.
-        seconds: how long it took.
-        reason: why nothing changed, where nothing did.
-    """
+    """What one `free_cache_engine` or `init_cache_engine` did; filled in while it works."""
 
     action: Literal["free", "init"]
-    rung: Rung
-    changed: bool
-    bytes_before: int
-    bytes_after: int
-    rss_before: int
-    rss_after: int
-    seconds: float
-    reason: str = ""
+    kv_release: KVMethod  # the method that was used
+    bytes_before: int  # bytes that KV tensors hold, each storage counted once
+    rss_before: int  # resident memory of the worker process, in bytes
+    changed: bool = False  # whether there was anything to do: a second free, or a second init, finds nothing
+    bytes_after: int = 0
+    rss_after: int = 0
+    seconds: float = 0.0
+    reason: str = ""  # why nothing changed, where nothing did
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The rung that works here, and what stood in the way of those above it."""
+    """The method that works here, and what stood in the way of those before it."""
 
-    rung: Rung
+    method: KVMethod
     obstacles: tuple[str, ...] = ()
 
 
@@ -70,35 +63,27 @@ class KVCacheHeldError(RuntimeError):
     """Somebody still holds the old KV cache: it is not freed, and might be read instead of a new one."""
 
 
-def probe(worker: Any, wish: str = "auto") -> Probe:
-    """Find the rung that works on this worker.
+def probe(worker: Any, methods: str | Sequence[str] = "auto") -> Probe:
+    """Return the first of `methods` that works on this worker; `keep` where none does.
 
     Args:
         worker: vLLM's worker, with its model runner made.
-        wish: `auto`, or the rung that the policy chose for this engine.
-
-    Returns:
-        The first rung that works, at or below the wish.
+        methods: what the policy decided for this engine, in its order; one method; or `auto` for all.
     """
+    missing = {"kv_only": _missing_for_kv_only, "sleep": _missing_for_sleep, "reallocate": _missing_for_reallocate}
+    wanted = METHODS if methods == "auto" else (methods,) if isinstance(methods, str) else methods
     obstacles: list[str] = []
-    if wish in ("auto", "release_kv_cache"):
-        missing = list(_missing_for_release(worker))
-        if not missing:
-            return Probe("release_kv_cache", tuple(obstacles))
-        obstacles.extend(f"release_kv_cache: {reason}" for reason in missing)
-    if wish in ("auto", "release_kv_cache", "sleep"):
-        if _sleep_mode(worker):
-            return Probe("sleep", tuple(obstacles))
-        obstacles.append("sleep: the engine runs without sleep mode")
-    if wish != "keep":
-        missing = list(_missing_for_direct(worker))
-        if not missing:
-            return Probe("direct", tuple(obstacles))
-        obstacles.extend(f"direct: {reason}" for reason in missing)
+    for method in wanted:
+        if method == "keep":
+            break
+        found = list(missing[method](worker))
+        if not found:
+            return Probe(cast("KVMethod", method), tuple(obstacles))
+        obstacles.extend(f"{method}: {reason}" for reason in found)
     return Probe("keep", tuple(obstacles))
 
 
-def free(worker: Any, rung: Rung) -> KVCacheChange:
+def free(worker: Any, method: KVMethod) -> KVCacheChange:
     """Give the KV cache's memory back; what was cached is lost.
 
     The caller (the rollout server) has paused the scheduler: no request may be running, and the prefix cache must be
@@ -106,30 +91,30 @@ def free(worker: Any, rung: Rung) -> KVCacheChange:
 
     Args:
         worker: vLLM's worker.
-        rung: the rung found by `probe`.
+        method: what `probe` found.
 
     Returns:
         What was done.  Freeing twice changes nothing the second time.
 
     Raises:
-        KVCacheHeldError: somebody else holds the KV tensors (`direct`); the message says who, where that can be told.
+        KVCacheHeldError: somebody else holds the KV tensors (`reallocate`); the message says who, if that can be told.
     """
-    with _measured(worker, "free", rung) as outcome:
+    with _measured(worker, "free", method) as outcome:
         if outcome.bytes_before == 0:
             outcome.reason = "the KV cache is already free"
-        elif rung == "release_kv_cache":
+        elif method == "kv_only":
             worker.discard(("kv_cache",))
             worker._ascend_safe_kv_asleep = True
             outcome.changed = True
-        elif rung == "sleep":
+        elif method == "sleep":
             # vLLM's level 1 moves the weights out too; they are wanted back at once, as verl's own release_kv_cache
             # does it (verl 0.9.1, vllm_async_server.py:875-883).
             worker.sleep(level=1)
             worker.wake_up(tags=["weights"])
             worker._ascend_safe_kv_asleep = True
             outcome.changed = True
-        elif rung == "direct":
-            holders = kv_aliases.unknown_holders(worker.model_runner)
+        elif method == "reallocate":
+            holders = kv_references.unknown_holders(worker.model_runner)
             if holders:
                 raise KVCacheHeldError(
                     f"The KV cache is not freed: {', '.join(holders)} holds it too and would go on reading the old one"
@@ -138,55 +123,55 @@ def free(worker: Any, rung: Rung) -> KVCacheChange:
             outcome.changed = True
         else:
             outcome.reason = "nothing safe gives the memory back here; see the probe's obstacles"
-    return outcome.change()
+    return outcome
 
 
-def init(worker: Any, rung: Rung) -> KVCacheChange:
+def init(worker: Any, method: KVMethod) -> KVCacheChange:
     """Take the KV cache's memory again: same shapes, same number of blocks, contents zero or undefined.
 
     Args:
         worker: vLLM's worker.
-        rung: the rung found by `probe`.
+        method: what `probe` found.
 
     Returns:
         What was done.  A second init changes nothing.
 
     Raises:
         KVCacheMemoryError: the memory is not there, even after one more collection of garbage.
-        KVCacheHeldError: the old cache is still held (`direct`).
+        KVCacheHeldError: the old cache is still held (`reallocate`).
     """
-    with _measured(worker, "init", rung) as outcome:
+    with _measured(worker, "init", method) as outcome:
         if outcome.bytes_before > 0:
             outcome.reason = "the KV cache is already there"
-        elif rung in ("release_kv_cache", "sleep"):
+        elif method in ("kv_only", "sleep"):
             worker.wake_up(tags=["kv_cache"])
             worker._ascend_safe_kv_asleep = False
             outcome.changed = True
-        elif rung == "direct":
+        elif method == "reallocate":
             _make_tensors(worker)
             outcome.changed = True
         else:
             outcome.reason = "the KV cache was never freed"
-    return outcome.change()
+    return outcome
 
 
 def kv_bytes(worker: Any) -> int:
-    """Bytes held by the KV tensors, each storage counted once (layers may share one); 0 while they are asleep."""
+    """Return the bytes of the KV tensors, each storage counted once (layers may share one); 0 while they are asleep."""
     if getattr(worker, "_ascend_safe_kv_asleep", False):
         return 0
-    return sum(storage.nbytes() for storage in kv_aliases.storages(worker.model_runner).values())
+    return sum(storage.nbytes() for storage in kv_references.storages(worker.model_runner).values())
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# the `release_kv_cache` rung
+# `kv_only` and `sleep`
 
 
-def _missing_for_release(worker: Any) -> Iterator[str]:
-    """What stands in the way of discarding the KV cache alone (vllm#44890)."""
+def _missing_for_kv_only(worker: Any) -> Iterator[str]:
+    """Yield what stands in the way of discarding the KV cache alone (vllm#44890)."""
     if not callable(getattr(worker, "discard", None)):
         yield f"{type(worker).__name__} has no `discard` (vllm#44890; vLLM has it from 0.31 on)"
         return
-    if not _sleep_mode(worker):
+    if not sleep_mode(worker):
         yield "the engine runs without sleep mode, whose allocator is what discards"
         return
     if _on_cpu(worker):
@@ -199,12 +184,18 @@ def _missing_for_release(worker: Any) -> Iterator[str]:
         yield f"the sleep-mode back end {backend.__name__} cannot discard one tag"
 
 
+def _missing_for_sleep(worker: Any) -> Iterator[str]:
+    """Yield what stands in the way of vLLM's sleep mode."""
+    if not sleep_mode(worker):
+        yield "the engine runs without sleep mode"
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# the `direct` rung
+# `reallocate`
 
 
-def _missing_for_direct(worker: Any) -> Iterator[str]:
-    """What stands in the way of the `direct` rung: nothing, if it works."""
+def _missing_for_reallocate(worker: Any) -> Iterator[str]:
+    """Yield what stands in the way of making the tensors again: nothing, if it works."""
     runner = getattr(worker, "model_runner", None)
     if runner is None:
         yield "the worker has no model runner"
@@ -213,7 +204,7 @@ def _missing_for_direct(worker: Any) -> Iterator[str]:
     for attribute in ("kv_caches", "kv_cache_config"):
         if not hasattr(runner, attribute):
             yield f"{name} has no `{attribute}`"
-    if kv_aliases.layers(runner) is None:
+    if kv_references.layers(runner) is None:
         yield f"{name} has no `compilation_config.static_forward_context`"
     config = getattr(runner, "vllm_config", None)
     if config is None:
@@ -232,7 +223,7 @@ def _missing_for_direct(worker: Any) -> Iterator[str]:
 
 
 def _maker(runner: Any) -> Callable[[], None]:
-    """The call that makes the KV tensors again, with its arguments.
+    """Return the call that makes the KV tensors again, with its arguments.
 
     Arguments go by name: what vLLM passes differs from release to release, and so does its order.
 
@@ -242,8 +233,7 @@ def _maker(runner: Any) -> Callable[[], None]:
     name = type(runner).__name__
     known: dict[str, Callable[[], Any]] = {
         "kv_cache_config": lambda: runner.kv_cache_config,
-        # V1: vLLM 0.13 on; vllm-ascend from 0.30 on.  V2 has it without the underscore.
-        "kernel_block_sizes": lambda: _first(runner, "_kernel_block_sizes", "kernel_block_sizes"),
+        "kernel_block_sizes": lambda: _kernel_block_sizes(runner),
     }
     make: Callable[..., Any]
     if hasattr(runner, "initialize_kv_cache_tensors"):
@@ -260,7 +250,7 @@ def _maker(runner: Any) -> Callable[[], None]:
             raise LookupError(f"{name} keeps the addresses of Mamba states (v1/worker/gpu/model_states)")
         known |= {
             "runner_kv_caches": lambda: runner.kv_caches,
-            "forward_context": lambda: kv_aliases.layers(runner),
+            "forward_context": lambda: kv_references.layers(runner),
             "device": lambda: runner.device,
             "cache_dtype": lambda: runner.vllm_config.cache_config.cache_dtype,
             "vllm_config": lambda: runner.vllm_config,
@@ -274,19 +264,19 @@ def _maker(runner: Any) -> Callable[[], None]:
     if unknown:
         raise LookupError(f"{name} wants {', '.join(unknown)} to make its KV tensors, which is not known here")
     # An optional argument is left at its default (vllm 0.30: the memory pool to allocate in), except where it is known.
-    given = [parameter for parameter in wanted if parameter in known]
-
-    def call() -> None:
-        make(**{parameter: known[parameter]() for parameter in given})
-
-    return call
+    # All of them now: what is found missing only after the tensors went would be found too late.
+    return functools.partial(make, **{parameter: known[parameter]() for parameter in wanted if parameter in known})
 
 
-def _first(runner: Any, *attributes: str) -> Any:
-    for attribute in attributes:
+def _kernel_block_sizes(runner: Any) -> Any:
+    """Return into which sizes the kernels cut the blocks of each group."""
+    # V1: vLLM 0.18 on; vllm-ascend from 0.30 on.  V2 has it without the underscore.  vLLM 0.13 computes it each time.
+    for attribute in ("_kernel_block_sizes", "kernel_block_sizes"):
         if hasattr(runner, attribute):
             return getattr(runner, attribute)
-    raise LookupError(f"{type(runner).__name__} has none of {', '.join(attributes)}")
+    if hasattr(runner, "_prepare_kernel_block_sizes"):
+        return runner._prepare_kernel_block_sizes(runner.kv_cache_config)
+    raise LookupError(f"{type(runner).__name__} has no _kernel_block_sizes")
 
 
 def _spec_names(runner: Any) -> set[str]:
@@ -294,23 +284,23 @@ def _spec_names(runner: Any) -> set[str]:
     return {type(group.kv_cache_spec).__name__ for group in groups}
 
 
-def _drop_tensors(worker: Any, outcome: _Outcome) -> None:
+def _drop_tensors(worker: Any, outcome: KVCacheChange) -> None:
     """Let go of the tensors, and see that the memory went back to the system.
 
     Raises:
         KVCacheHeldError: it did not, since somebody still holds a tensor.
     """
-    survivors = worker._ascend_safe_survivors = kv_aliases.drop(worker.model_runner)
+    survivors = worker._ascend_safe_survivors = kv_references.drop(worker.model_runner)
     if survivors.bytes():
         raise KVCacheHeldError(_held(survivors))
     _give_back(worker, outcome)
 
 
-def _held(survivors: kv_aliases.Survivors) -> str:
+def _held(survivors: kv_references.Survivors) -> str:
     return (
         f"{survivors.bytes()} bytes of the KV cache are still held after every known reference to them was reset, by "
         f"{', '.join(survivors.holders()) or 'something that Python does not see'}; set "
-        "actor_rollout_ref.rollout.engine_kwargs.ascend_safe.kv_rung=keep, and report this with your versions"
+        "actor_rollout_ref.rollout.engine_kwargs.ascend_safe.kv_release=keep, and report this with your versions"
     )
 
 
@@ -318,7 +308,7 @@ def _make_tensors(worker: Any) -> None:
     """Make the KV tensors again, from the configuration that the runner kept, and bind them to the layers."""
     from vllm.config import set_current_vllm_config
 
-    survivors: kv_aliases.Survivors | None = getattr(worker, "_ascend_safe_survivors", None)
+    survivors: kv_references.Survivors | None = getattr(worker, "_ascend_safe_survivors", None)
     if survivors is not None and survivors.bytes():
         raise KVCacheHeldError(_held(survivors))
     runner = worker.model_runner
@@ -332,12 +322,12 @@ def _make_tensors(worker: Any) -> None:
             # torch raises a RuntimeError (OutOfMemoryError on an accelerator) when an allocation fails.
             if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
                 raise
-            kv_aliases.drop(runner)
+            kv_references.drop(runner)
             if attempt != "first":
                 raise KVCacheMemoryError(_out_of_memory(worker, runner.kv_cache_config, error)) from error
         # Outside of the handler, whose traceback holds the tensors that were made before memory ran out.
         gc.collect()
-        _empty_allocator(worker)
+        empty_allocator(worker)
     if getattr(runner.kv_cache_config, "needs_kv_cache_zeroing", False) and hasattr(runner, "_init_kv_zero_meta"):
         # The block zeroer has the tensors' addresses (vllm 0.28, gpu_worker.py:692).
         runner._init_kv_zero_meta()
@@ -356,32 +346,42 @@ def _out_of_memory(worker: Any, kv_cache_config: Any, error: BaseException) -> s
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# what the rungs share
+# what the methods share
 
 
-def _sleep_mode(worker: Any) -> bool:
+def sleep_mode(worker: Any) -> bool:
+    """Return whether the engine runs with sleep mode."""
     config = getattr(getattr(worker, "vllm_config", None), "model_config", None)
     return bool(getattr(config, "enable_sleep_mode", False))
 
 
+def device_of(worker: Any) -> torch.device:
+    """Return the device of a worker; vllm-ascend 0.11 tells its model runner alone (worker_v1.py:217)."""
+    for owner in (worker, getattr(worker, "model_runner", None)):
+        device: torch.device | None = getattr(owner, "device", None)
+        if device is not None:
+            return device
+    return torch.device("cpu")
+
+
 def _on_cpu(worker: Any) -> bool:
-    device = getattr(worker, "device", None)
-    return device is None or device.type == "cpu"
+    return device_of(worker).type == "cpu"
 
 
-def _give_back(worker: Any, outcome: _Outcome) -> None:
+def _give_back(worker: Any, outcome: KVCacheChange) -> None:
     """Hand freed memory back to the system, where it has not gone by itself."""
     # glibc maps a large block by itself and unmaps it when it is freed.  Small ones, and another allocator (vLLM
     # advises tcmalloc on a CPU), may stay with the process: then the heap is trimmed, which takes its time.
-    if _on_cpu(worker) and outcome.rss_before - _resident() >= 0.99 * outcome.bytes_before:
+    if _on_cpu(worker) and outcome.rss_before - resident() >= 0.99 * outcome.bytes_before:
         return
-    _empty_allocator(worker)
+    empty_allocator(worker)
 
 
-def _empty_allocator(worker: Any) -> None:
+def empty_allocator(worker: Any) -> None:
+    """Have the allocator give back what it keeps."""
     if not _on_cpu(worker):
         # torch.accelerator has no empty_cache before torch 2.9, which vllm-ascend 0.11 and 0.13 are older than.
-        device_module = torch.get_device_module(worker.device)
+        device_module = torch.get_device_module(device_of(worker))
         device_module.synchronize()
         device_module.empty_cache()
         return
@@ -392,12 +392,13 @@ def _empty_allocator(worker: Any) -> None:
             getattr(process, name)(*arguments)
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Return the resident memory of this process, in bytes."""
     return int(psutil.Process().memory_info().rss)
 
 
 def device_used(worker: Any) -> int:
-    """Bytes in use on the worker's device, by whomever; 0 on a CPU."""
+    """Return the bytes in use on the worker's device, by whomever; 0 on a CPU."""
     if _on_cpu(worker):
         return 0
     available, total = memory(worker)
@@ -405,48 +406,18 @@ def device_used(worker: Any) -> int:
 
 
 def memory(worker: Any) -> tuple[int, int]:
-    """Bytes available, and in all, where the KV cache lives."""
+    """Return the bytes available, and in all, where the KV cache lives."""
     if _on_cpu(worker):
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)
-    available, total = torch.get_device_module(worker.device).mem_get_info()
+    available, total = torch.get_device_module(device_of(worker)).mem_get_info()
     return int(available), int(total)
 
 
-@dataclass
-class _Outcome:
-    """What is filled in while the work is measured."""
-
-    action: Literal["free", "init"]
-    rung: Rung
-    bytes_before: int
-    rss_before: int
-    started: float
-    changed: bool = False
-    reason: str = ""
-    bytes_after: int = 0
-    rss_after: int = 0
-    seconds: float = 0.0
-
-    def change(self) -> KVCacheChange:
-        return KVCacheChange(
-            action=self.action,
-            rung=self.rung,
-            changed=self.changed,
-            bytes_before=self.bytes_before,
-            bytes_after=self.bytes_after,
-            rss_before=self.rss_before,
-            rss_after=self.rss_after,
-            seconds=self.seconds,
-            reason=self.reason,
-        )
-
-
 @contextlib.contextmanager
-def _measured(worker: Any, action: Literal["free", "init"], rung: Rung) -> Iterator[_Outcome]:
-    process = psutil.Process()
-    outcome = _Outcome(action, rung, kv_bytes(worker), int(process.memory_info().rss), time.perf_counter())
-    yield outcome
-    outcome.seconds = time.perf_counter() - outcome.started
-    outcome.bytes_after = kv_bytes(worker)
-    outcome.rss_after = int(process.memory_info().rss)
+def _measured(worker: Any, action: Literal["free", "init"], method: KVMethod) -> Iterator[KVCacheChange]:
+    change = KVCacheChange(action, method, kv_bytes(worker), resident())
+    started = time.perf_counter()
+    yield change
+    change.seconds = time.perf_counter() - started
+    change.bytes_after, change.rss_after = kv_bytes(worker), resident()

@@ -11,16 +11,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from verl_ascend_rollout import answers, events
-from verl_ascend_rollout.worker import kv_cache
-from verl_ascend_rollout.worker.weights import bracket, moe
+from verl_ascend_rollout import events
+from verl_ascend_rollout.options import KVMethod
+from verl_ascend_rollout.transport.stream import NamedTensor
+from verl_ascend_rollout.worker import kv_cache, worker_rpc
+from verl_ascend_rollout.worker.weights import expert_format, layerwise, paths
+from verl_ascend_rollout.worker.weights import sync as weight_sync
+from verl_ascend_rollout.worker.weights.manifest import Manifest
 from verl_ascend_rollout.worker.weights.plan import Plan
-from verl_ascend_rollout.worker.weights.verify import Manifest
 
 logger = logging.getLogger("verl_ascend_rollout.worker")
 
@@ -31,32 +37,43 @@ class AscendSafeLifecycle:
     # What vLLM's Worker brings.
     model_runner: Any
 
-    def ascend_safe_configure(self, kv_rung: str, weight_path: str, verify: str) -> dict[str, Any]:
+    def ascend_safe_configure(
+        self, kv_release: str | Sequence[str], weight_path: str | Sequence[str], verify: str
+    ) -> dict[str, Any]:
         """Take over the policy's decisions; the first call of the server once the engine is up.
 
         Args:
-            kv_rung: the rung that the policy chose, or `auto`.
-            weight_path: `by_layout` (each weight by the layout recorded for it), or `verl` (verl's own sequence).
+            kv_release: how the KV cache may be given back: the policy's methods, of which the first that works here is
+                taken; one method; or `auto`, which is all of them.
+            weight_path: `by_layout`, `layerwise` or `verl`; several, of which the first that works here is taken; or
+                `auto` (see `paths`).
             verify: `first`, `always` or `off`.
 
         Returns:
-            What this worker is and which rung it found, for the server's log: `pid`, `rung`, `obstacles`,
-            `kv_bytes`, `worker` and `model_runner`.
+            What this worker is and what it found, for the server's log: `pid`, `host`, `kv_release` (the method that is
+            taken) and `obstacles` (why not those before it), `weight_path` and `weight_path_obstacles`, `kv_bytes`,
+            `worker` and `model_runner`.
         """
-        self._ascend_safe_probe = kv_cache.probe(self, kv_rung)
-        self._ascend_safe_weight_path = weight_path
+        self._ascend_safe_probe = kv_cache.probe(self, kv_release)
+        path, reasons = paths.choose(
+            weight_path, weight_sync.unwrapped(self.model_runner), self.model_runner.vllm_config
+        )
+        self._ascend_safe_weight_path = path
         self._ascend_safe_verify = verify
         self._ascend_safe_syncs = 0
         return {
             "pid": os.getpid(),
-            "rung": self._ascend_safe_probe.rung,
+            "host": socket.gethostname(),
+            "kv_release": self._ascend_safe_probe.method,
             "obstacles": list(self._ascend_safe_probe.obstacles),
+            "weight_path": path,
+            "weight_path_obstacles": reasons,
             "kv_bytes": kv_cache.kv_bytes(self),
             "worker": type(self).__name__,
             "model_runner": type(self.model_runner).__name__,
         }
 
-    def ascend_safe_answer(self, method: str, keywords: dict[str, Any] | None = None) -> dict[str, Any]:
+    def ascend_safe_call(self, method: str, keywords: dict[str, Any] | None = None) -> dict[str, Any]:
         """Call `method` and answer with its result or its error, never with an exception (see `answers`).
 
         Args:
@@ -66,7 +83,7 @@ class AscendSafeLifecycle:
         Returns:
             What `answers.values` takes.
         """
-        return answers.answer(lambda: getattr(self, method)(**(keywords or {})), method)
+        return worker_rpc.capture(lambda: getattr(self, method)(**(keywords or {})), method)
 
     def free_cache_engine(self) -> dict[str, Any]:
         """Give the KV cache's memory back to the system.
@@ -74,7 +91,8 @@ class AscendSafeLifecycle:
         The scheduler must be paused (the rollout server does that).  A second call changes nothing.
 
         Returns:
-            The `KVCacheChange` as a mapping: `rung`, `changed`, bytes and resident memory before and after, `seconds`.
+            The `KVCacheChange` as a mapping: `kv_release`, `changed`, bytes and resident memory before and after,
+            `seconds`.
 
         Raises:
             KVCacheHeldError: somebody else holds the KV tensors.
@@ -93,14 +111,14 @@ class AscendSafeLifecycle:
         """
         return self._ascend_safe_kv_step("init")
 
-    def ascend_safe_settle(self) -> list[str]:
-        """Put weights that a wake-up left in checkpoint form into kernel form; their names (see `moe.settle`)."""
+    def ascend_safe_restore_kernel_format(self) -> list[str]:
+        """Put weights that a wake-up left in checkpoint format into kernel format, and return their names."""
         if self._ascend_safe_path() == "verl":
             return []
-        return moe.settle(bracket.unwrapped(self.model_runner))
+        return expert_format.restore_kernel_format(weight_sync.unwrapped(self.model_runner))
 
     def ascend_safe_memory(self, kv_asleep: bool | None = None) -> dict[str, int]:
-        """Bytes that the KV tensors hold, what is used of the device, and the process's resident memory.
+        """Return the bytes that the KV tensors hold, what is used of the device, and the process's resident memory.
 
         Args:
             kv_asleep: said by a caller that has just put the KV cache to sleep, or woken it, through vLLM itself:
@@ -120,81 +138,101 @@ class AscendSafeLifecycle:
             "pid": os.getpid(),
         }
 
-    def ascend_safe_reload_from_disk(self, path: str) -> dict[str, Any]:
-        """Load every weight again from the safetensors files of `path`, as a weight sync would; for checks and tests.
+    def ascend_safe_reload_from_disk(self, path: str | list[str], changed: bool = False) -> dict[str, Any]:
+        """Load every weight again from safetensors files, as a weight sync would; for checks and tests.
+
+        Args:
+            path: these, or the folder of a checkpoint.
+            changed: load other values: each tensor turned by one place along its last axis, so that sizes and
+                magnitudes stay.
 
         Returns:
-            `tensors`, `bytes`, `seconds`.
+            `tensors`, `copies`, `bytes`, `seconds`.
         """
-        from pathlib import Path
-
         from safetensors import safe_open
 
-        def receive(load: bracket.Loader) -> None:
-            for file in sorted(Path(path).glob("*.safetensors")):
-                with safe_open(file, framework="pt") as checkpoint:
-                    for name in checkpoint.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                        load([(name, checkpoint.get_tensor(name))])
+        def tensors(file: str | Path) -> Iterator[NamedTensor]:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                    tensor = opened.get_tensor(name)
+                    yield name, tensor.roll(1, -1) if changed and tensor.dim() else tensor
+
+        def receive(load: weight_sync.Loader) -> None:
+            for file in sorted(Path(path).glob("*.safetensors")) if isinstance(path, str) else path:
+                load(tensors(file))
+
+        return self._ascend_safe_reload(receive)
+
+    def ascend_safe_load_snapshot(self, snapshot: dict[str, Any]) -> dict[str, Any]:
+        """Load the weights of the last sync into an engine that was made again: see `transport.snapshot`.
+
+        Returns:
+            `tensors`, `copies`, `bytes`, `seconds`.
+
+        Raises:
+            TransportError: the snapshot is gone, or not what was written.
+        """
+        device = kv_cache.device_of(self)
+
+        def receive(load: weight_sync.Loader) -> None:
+            from verl_ascend_rollout.transport.snapshot import Snapshot  # needs xxhash, which verl brings
+
+            for bucket in Snapshot(**snapshot).read(device):
+                load(bucket)
 
         return self._ascend_safe_reload(receive)
 
     # ------------------------------------------------------------------------------------------------------------
 
     def _ascend_safe_reload(self, receive: Any) -> dict[str, Any]:
-        """One full sync of every model on this worker, through the bracket that fits its kernels.
+        """Run one full sync of every model on this worker, by the weight path that fits its kernels.
 
         Args:
-            receive: is given a function that loads (name, tensor) pairs, calls it until there are no more, and may
+            receive: is given a function that loads weights, calls it until there are no more, and may
                 return more for the event.
         """
         from vllm.config import set_current_vllm_config
 
         self._ascend_safe_syncs = getattr(self, "_ascend_safe_syncs", 0) + 1
-        verify = getattr(self, "_ascend_safe_verify", "first")
-        reads_values = verify == "always" or (verify == "first" and self._ascend_safe_syncs == 1)
-        manifest = Manifest(
-            complete=verify != "off", finite=reads_values, compare=reads_values, sync=self._ascend_safe_syncs
-        )
-        # What the first sync did, for the next ones to repeat.
+        # What a sync that passed did, for the next ones to repeat.
         plan: Plan | None = getattr(self, "_ascend_safe_plan", None)
         if plan is None:
             plan = self._ascend_safe_plan = Plan()
         replayed = plan.replayable
+        verify = getattr(self, "_ascend_safe_verify", "first")
+        # A plan comes from a sync that passed: so `first` is every sync until one has, and each by a loader that is
+        # asked every time.
+        reads_values = verify == "always" or (verify == "first" and not replayed)
+        manifest = Manifest(finite=reads_values, compare=reads_values, sync=self._ascend_safe_syncs)
         started = time.perf_counter()
         runner = self.model_runner
-        model = bracket.unwrapped(runner)
+        model = weight_sync.unwrapped(runner)
+        by_vllm = self._ascend_safe_path() == "layerwise"
+        sync = layerwise.reload if by_vllm else weight_sync.reload
         with (
             torch.no_grad(),
             set_current_vllm_config(runner.vllm_config),
-            bracket.reload(model, runner.vllm_config.model_config, manifest, plan) as load,
+            sync(model, runner.vllm_config.model_config, manifest, plan) as load,
         ):
             received: dict[str, Any] = receive(load) or {}
         summary = {
             "tensors": len(manifest.names),
+            "copies": manifest.copies,
             "bytes": manifest.bytes,
             "seconds": time.perf_counter() - started,
         }
-        events.emit(
-            events.Event(
-                step="sync",
-                process="worker",
-                seconds=float(summary["seconds"]),
-                detail={
-                    "tensors": summary["tensors"],
-                    "bytes": summary["bytes"],
-                    "path": "replay" if replayed else "loader",
-                    **received,
-                },
-            )
-        )
+        counts = {name: summary[name] for name in ("tensors", "copies", "bytes")}
+        path = "layerwise" if by_vllm else "replay" if replayed else "loader"
+        detail = {**counts, "path": path, **received}
+        events.emit(events.Event(step="sync", process="worker", seconds=float(summary["seconds"]), detail=detail))
         logger.info("weight sync %d: %s", self._ascend_safe_syncs, summary)
         return summary
 
     def _ascend_safe_kv_step(self, action: str) -> dict[str, Any]:
-        rung = self._ascend_safe_rung()
-        change = kv_cache.free(self, rung) if action == "free" else kv_cache.init(self, rung)
-        if rung == "sleep":
-            self.ascend_safe_settle()
+        method = self._ascend_safe_kv_method()
+        change = kv_cache.free(self, method) if action == "free" else kv_cache.init(self, method)
+        if method in ("kv_only", "sleep"):
+            self.ascend_safe_restore_kernel_format()
         events.emit(
             events.Event(
                 step=action,
@@ -204,7 +242,7 @@ class AscendSafeLifecycle:
                 bytes_after=change.bytes_after,
                 rss_before=change.rss_before,
                 rss_after=change.rss_after,
-                detail={"rung": change.rung, "changed": change.changed, "reason": change.reason},
+                detail={"rung": change.kv_release, "changed": change.changed, "reason": change.reason},
             )
         )
         return dataclasses.asdict(change)
@@ -212,9 +250,9 @@ class AscendSafeLifecycle:
     def _ascend_safe_path(self) -> str:
         return getattr(self, "_ascend_safe_weight_path", "verl")
 
-    def _ascend_safe_rung(self) -> kv_cache.Rung:
+    def _ascend_safe_kv_method(self) -> KVMethod:
         found: kv_cache.Probe | None = getattr(self, "_ascend_safe_probe", None)
         if found is None:
             # Used without our server (a smoke test, a script): probe at the first use.
             found = self._ascend_safe_probe = kv_cache.probe(self)
-        return found.rung
+        return found.method

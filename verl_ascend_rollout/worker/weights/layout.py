@@ -13,18 +13,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from verl_ascend_rollout.worker.weights.blocks import Blocks, Sample
+from verl_ascend_rollout import PATCHED
+from verl_ascend_rollout.worker.weights import padding
+from verl_ascend_rollout.worker.weights.cpu.packed_experts import PackedLayout, Sample
+from verl_ascend_rollout.worker.weights.placement import Placement, Probe
+from verl_ascend_rollout.worker.weights.region import Region, storage_of
 
 Layout = Literal["identity", "transposed", "blocked", "repacked", "unknown"]
 
 RECORD = "_ascend_safe_layout"
 """The attribute of a layer that holds its LayerRecord."""
+
+VIEWS = "_ascend_safe_views"
+"""The attribute of a layer that holds its `View`s until it is recorded."""
 
 SAMPLE = 4096
 """Elements looked at for each weight.  Two layouts of random bf16 weights agree in all of them by chance never."""
@@ -32,76 +39,70 @@ SAMPLE = 4096
 
 @dataclass(frozen=True)
 class WeightRecord:
-    """One weight as the checkpoint has it, and what became of it.
+    """One weight as the checkpoint has it, and what became of it."""
 
-    Attributes:
-        layout: `unknown` where the weight is constant and square, so that looking cannot tell.
-        shape: in checkpoint form, for this rank.
-        dtype: in checkpoint form.
-        attributes: what vLLM had set on the parameter, `weight_loader` before all; vllm-ascend 0.11 to 0.26 makes new
-            parameters without them.
-        parameter_class: of the parameter; vLLM has classes of its own, with loading methods.
-        blocks: of `blocked` weights, how they lie.
-    """
-
-    layout: Layout
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    layout: Layout  # `unknown` where the weight is constant and square, so that looking cannot tell
+    shape: tuple[int, ...]  # in checkpoint form, for this rank
+    dtype: torch.dtype  # in checkpoint form
+    # What vLLM had set on the parameter, `weight_loader` before all; vllm-ascend 0.11 to 0.26 makes new ones without.
     attributes: Mapping[str, Any]
-    parameter_class: type[torch.nn.Parameter] = torch.nn.Parameter
-    blocks: Blocks | None = None
+    parameter_class: type[torch.nn.Parameter] = torch.nn.Parameter  # vLLM has classes of its own, with loading methods
+    blocks: PackedLayout | None = None  # of `blocked` weights, how they lie
+    placement: Placement | None = None  # of `blocked` and `repacked` ones, where a few elements lie
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor of another module, or of the same, that lies in the memory of a weight."""
+
+    weight: str  # the name of the weight in its layer
+    tensor: torch.Tensor  # which it is
+    region: Region  # where in the weight
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """A layer whose weights were processed after loading.
+    """A layer whose weights were processed after loading."""
 
-    Attributes:
-        weights: its own parameters by name.
-        derived: names of tensors that the processing made beside them, such as vllm-ascend's fp32 copy of the router
-            (`weight_fp32`, ops/linear.py; 0.23 for DeepSeek-V4, 0.28 for all): they go stale with every weight that is
-            loaded.
-        device: the type of device that the weights are on.
-    """
-
-    weights: Mapping[str, WeightRecord]
+    weights: Mapping[str, WeightRecord]  # its own parameters by name
+    # Names of tensors that the processing made beside them, such as vllm-ascend's fp32 copy of the router
+    # (`weight_fp32`, ops/linear.py; 0.23 for DeepSeek-V4, 0.28 for all): they go stale with every new weight.
     derived: tuple[str, ...]
-    device: str = ""
-
-
-def watch_new_models(module: Any) -> None:
-    """Record the layouts of every model that vLLM makes in this process from now on.  A second call does nothing.
-
-    `initialize_model` is the one step that every loader shares (vLLM 0.11 to 0.28, base_loader.py); the processing
-    itself cannot be wrapped once for all, since vllm-ascend replaces it (0.23, patch_process_weights_after_loading.py).
-
-    Args:
-        module: vLLM's model_loader/base_loader.py, just imported.
-    """
-    original: Callable[..., torch.nn.Module] = module.initialize_model
-    if hasattr(original, "_ascend_safe_patched"):
-        return
-
-    @functools.wraps(original)
-    def initialize_model(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        model = original(*args, **kwargs)
-        watch(model)
-        return model
-
-    initialize_model._ascend_safe_patched = True  # type: ignore[attr-defined]
-    module.initialize_model = initialize_model
+    device: str = ""  # the type of device that the weights are on
+    # What else in the model lies in a weight's memory, such as the `conv_weights` of vLLM's Mamba (0.28,
+    # mamba_mixer2.py): where the processing packs the weight elsewhere, these keep the checkpoint's form.
+    views: tuple[View, ...] = ()
 
 
 def watch(model: torch.nn.Module) -> None:
     """Record each layer of `model` when its weights are next processed after loading; then let go of it."""
+    views = _views(model)
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
         if hasattr(method, "process_weights_after_loading") and not hasattr(layer, RECORD):
+            if layer in views:
+                setattr(layer, VIEWS, tuple(views[layer]))
             _watch_method(method)
 
 
+def _views(model: torch.nn.Module) -> dict[torch.nn.Module, list[View]]:
+    """Return the tensors beside parameters that lie in a parameter's memory, by the layer that has the parameter."""
+    owners: dict[int, tuple[torch.nn.Module, str, torch.Tensor]] = {}
+    for layer in model.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            owners.setdefault(storage_of(parameter), (layer, name, parameter))
+    found: dict[torch.nn.Module, list[View]] = {}
+    for layer in model.modules():
+        for tensor in _tensors(layer).values():
+            owner = owners.get(storage_of(tensor))
+            if owner is not None and not isinstance(tensor, torch.nn.Parameter) and tensor.device.type != "meta":
+                region = Region.of(tensor, int(owner[2].storage_offset()))
+                found.setdefault(owner[0], []).append(View(owner[1], tensor, region))
+    return found
+
+
 def record(layer: torch.nn.Module) -> LayerRecord | None:
-    """What was recorded of a layer; `None` where its weights were never processed, or before we were there."""
+    """Return what was recorded of a layer; `None` where its weights were never processed, or before we were there."""
     found: LayerRecord | None = getattr(layer, RECORD, None)
     return found
 
@@ -117,14 +118,17 @@ def recorded_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
 def _watch_method(method: Any) -> None:
     """Let the method (one object a layer, or one for several) record what it does to a layer the first time."""
     process = method.process_weights_after_loading
-    if hasattr(process, "_ascend_safe_patched"):
+    if hasattr(process, PATCHED):
         return
 
     @functools.wraps(process)
     def process_and_record(layer: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if hasattr(layer, RECORD):
             return process(layer, *args, **kwargs)
-        before = {name: _Look.at(name, parameter) for name, parameter in layer.named_parameters(recurse=False)}
+        before = {
+            name: _Look.at(name, parameter, padding.filled(layer, name, parameter)[0])
+            for name, parameter in layer.named_parameters(recurse=False)
+        }
         tensors = set(_tensors(layer))
         result = process(layer, *args, **kwargs)
         after = _tensors(layer)
@@ -133,10 +137,11 @@ def _watch_method(method: Any) -> None:
             # A layer is rebuilt as a whole, or not at all.
             weights = {name: _whole(weight) for name, weight in weights.items()}
         device = next((look.device for look in before.values()), "")
-        setattr(layer, RECORD, LayerRecord(weights, tuple(sorted(set(after) - tensors)), device))
+        derived = tuple(sorted(set(after) - tensors))
+        setattr(layer, RECORD, LayerRecord(weights, derived, device, getattr(layer, VIEWS, ())))
         return result
 
-    process_and_record._ascend_safe_patched = True  # type: ignore[attr-defined]
+    setattr(process_and_record, PATCHED, ("layout",))
     # On the object: vllm-ascend 0.13 to 0.23 wraps it there as well, for shared experts (ops/fused_moe/fused_moe.py).
     method.process_weights_after_loading = process_and_record
 
@@ -146,7 +151,7 @@ def _whole(weight: WeightRecord) -> WeightRecord:
 
 
 def _tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The layer's own tensors by name: parameters, buffers, and plain attributes."""
+    """Return the layer's own tensors by name: parameters, buffers, and plain attributes."""
     found: dict[str, torch.Tensor] = dict(layer.named_parameters(recurse=False))
     found.update(layer.named_buffers(recurse=False))
     found.update({name: value for name, value in vars(layer).items() if isinstance(value, torch.Tensor)})
@@ -167,9 +172,10 @@ class _Look:
     parameter_class: type[torch.nn.Parameter]
     device: str
     experts: Sample | None
+    probe: Probe | None
 
     @classmethod
-    def at(cls, name: str, weight: torch.nn.Parameter) -> _Look:
+    def at(cls, name: str, weight: torch.nn.Parameter, filled: torch.Tensor) -> _Look:
         # A generator of its own: the engine's random numbers must not depend on being watched.
         generator = torch.Generator().manual_seed(0)
         positions = tuple(
@@ -186,6 +192,7 @@ class _Look:
             parameter_class=type(weight),
             device=weight.device.type,
             experts=Sample.of(name, weight),
+            probe=Probe.of(weight, filled),
         )
 
     def record(self, after: torch.Tensor | None) -> WeightRecord:
@@ -200,6 +207,7 @@ class _Look:
             attributes=self.attributes,
             parameter_class=self.parameter_class,
             blocks=blocks,
+            placement=self.probe.find_in(after) if layout == "repacked" and self.probe is not None else None,
         )
 
     def _layout(self, after: torch.Tensor | None) -> Layout:
@@ -240,7 +248,7 @@ def _has_internal_format(weight: torch.Tensor) -> bool:
 
 
 def _bits_at(weight: torch.Tensor, positions: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The sampled elements as integers, so that a NaN equals itself."""
+    """Return the sampled elements as integers, so that a NaN equals itself."""
     if weight.numel() == 0:
         return torch.empty(0, dtype=torch.int8)
     values = weight.detach()[positions] if positions else weight.detach().reshape(1)

@@ -5,38 +5,35 @@ On a CPU, experts that the kernel wants in blocks are copied straight out of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from verl_ascend_rollout.worker.weights.block_copy import blocks_differ, copy_into_blocks
-from verl_ascend_rollout.worker.weights.blocks import Blocks
-from verl_ascend_rollout.worker.weights.plan import Copy, NamedTensor, Plan, Recorder, Route, logger
+from verl_ascend_rollout.transport.stream import NamedTensor
+from verl_ascend_rollout.worker.weights.account import Account, Findings, Places, Writer, find
+from verl_ascend_rollout.worker.weights.cpu.block_copy import blocks_differ, copy_into_blocks
+from verl_ascend_rollout.worker.weights.cpu.packed_experts import PackedLayout
+from verl_ascend_rollout.worker.weights.load import Parts, complaint, groups, told_of_foreign_experts
+from verl_ascend_rollout.worker.weights.manifest import Manifest, differs, first_line
+from verl_ascend_rollout.worker.weights.plan import Copy, Fill, Plan, Route, logger
+from verl_ascend_rollout.worker.weights.recorder import Incoming, Recorder, castable
+from verl_ascend_rollout.worker.weights.region import Region, storage_of
 from verl_ascend_rollout.worker.weights.staging import Staging, back
-from verl_ascend_rollout.worker.weights.storage import storage_of
-from verl_ascend_rollout.worker.weights.verify import Manifest, differs, first_line
 
 
 @dataclass(frozen=True)
 class _Target:
-    """A parameter for the time of a sync.
+    """A parameter (or a buffer) for the time of a sync."""
 
-    Attributes:
-        parameter: which it is.
-        integers: of one in blocks, as `Blocks.integers` gives them.
-        blocks: how it lies, where it is in blocks.
-        storage: see `storage_of`.
-    """
-
-    parameter: torch.nn.Parameter
-    integers: torch.Tensor | None
-    blocks: Blocks | None
-    storage: int
+    tensor: torch.Tensor
+    integers: torch.Tensor | None  # of one in blocks, as `PackedLayout.integers` gives them
+    blocks: PackedLayout | None  # how it lies, where it is in blocks
+    storage: int  # see `storage_of`
 
     @classmethod
-    def of(cls, parameter: torch.nn.Parameter, blocks: Blocks | None) -> _Target:
+    def of(cls, parameter: torch.Tensor, blocks: PackedLayout | None) -> _Target:
         # Nothing is kept of a staged parameter's memory: its layer lets go of it in the middle of the sync.
         integers = None if blocks is None else blocks.integers(parameter.data)
         return cls(parameter, integers, blocks, storage_of(parameter))
@@ -56,7 +53,7 @@ class _Copies:
         self.names.append(name)
 
     def not_done(self, unlike: Callable[[torch.Tensor, torch.Tensor], bool]) -> Iterator[str]:
-        """The names of those whose destinations are not as their sources are."""
+        """Yield the names of those whose destinations are not as their sources are."""
         for name, destination, source in zip(self.names, self.destinations, self.sources, strict=True):
             if unlike(destination, source):
                 yield name
@@ -69,6 +66,9 @@ class _Batch:
     plain: _Copies = field(default_factory=_Copies)
     blocked: _Copies = field(default_factory=_Copies)
 
+    def __len__(self) -> int:
+        return len(self.plain.names) + len(self.blocked.names)
+
     def copy(self) -> None:
         if self.plain.destinations:
             # One call for all: on a CPU a loop without Python, on CUDA one kernel for many copies.
@@ -76,8 +76,8 @@ class _Batch:
         copy_into_blocks(self.blocked.destinations, self.blocked.sources)
 
     def not_done(self) -> Iterator[str]:
-        """The names of tensors that are not where they were copied to, read through the view that they were written
-        through."""
+        """Yield the names of tensors that are not where they were copied to, read through the view that they were
+        written through."""
         yield from self.plain.not_done(differs)
         yield from self.blocked.not_done(blocks_differ)
 
@@ -85,7 +85,7 @@ class _Batch:
 class ReplayPass:
     """One sync along a plan."""
 
-    def __init__(self, model: torch.nn.Module, manifest: Manifest, plan: Plan, staging: Staging) -> None:
+    def __init__(self, model: torch.nn.Module, manifest: Manifest, plan: Plan, staging: Staging, parts: Parts) -> None:
         """Begin; the model's weights are in checkpoint form, except those that are packed directly.
 
         Args:
@@ -93,22 +93,29 @@ class ReplayPass:
             manifest: is told what comes and what is refused.
             plan: replayable.
             staging: is told what is written.
+            parts: takes merged tensors apart, for the loader.
         """
         self._model = model
         self._manifest = manifest
         self._plan = plan
         self._staging = staging
-        self._parameters = dict(model.named_parameters())
+        self._parts = parts
+        self._parameters: dict[str, torch.Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
         self._targets = {
             name: _Target.of(parameter, plan.packed.get(name)) for name, parameter in self._parameters.items()
         }
-        self._covered = dict.fromkeys(plan.targets, 0)
+        self._account = Account(
+            {self._targets[name].storage: tally for name, tally in plan.targets.items() if name in self._targets}
+        )
+        self._fills: dict[str, list[Fill]] = {}
+        for fill in plan.fills:
+            self._fills.setdefault(fill.target, []).append(fill)
         self._asked: dict[str, Route] = {}
 
     def load(self, weights: Iterable[NamedTensor]) -> None:
-        """Copy pairs in checkpoint form to their places; each tensor is copied before this returns."""
+        """Copy weights in checkpoint form to their places; each tensor is copied before this returns."""
         batch = _Batch()
-        written: dict[int, int] = {}
+        written: dict[int, None] = {}
         for name, tensor in weights:
             if not self._manifest.receive(name, tensor):
                 continue
@@ -118,49 +125,43 @@ class ReplayPass:
             if route is None or not route.takes(tensor):
                 route = self._ask(name, tensor)
             for copy in route.copies if route is not None else ():
-                elements, storage = self._add(batch, name, copy, tensor)
-                self._covered[copy.target] = self._covered.get(copy.target, 0) + elements
-                written[storage] = written.get(storage, 0) + elements
+                written[self._add(batch, name, copy, tensor)] = None
         batch.copy()
+        self._manifest.copies += len(batch)
         if self._manifest.compare:
             for name in batch.not_done():
                 self._manifest.not_as_sent(name)
         del batch  # it has views of what layers let go of now
-        for storage, elements in written.items():
-            self._staging.came(storage, elements)
+        for storage in written:
+            self._staging.came(storage, self._account)
         self._staging.process_whole_layers()
 
-    def missing(self) -> list[str]:
-        """The stream's names of tensors that never came, where nothing else came for their places."""
-        short = {target for target, wanted in self._plan.targets.items() if self._covered[target] < wanted}
-        names = [
-            name
-            for name, route in self._plan.routes.items()
-            if name not in self._manifest.names and any(copy.target in short for copy in route.copies)
-        ]
-        refused = [name for name in self._manifest.refused if name in self._plan.routes]
-        explained = {copy.target for name in [*names, *refused] for copy in self._plan.routes[name].copies}
-        return sorted([*names, *(short - explained)])
-
-    def written_twice(self) -> list[str]:
-        """Parts of parameters that more than one tensor was written into."""
-        if not self._asked:
-            return []  # the names are other names than before, or none, and each came once
-        seen: dict[tuple[str, Any], str] = {}
-        twice = []
-        for name in self._manifest.names:
-            route = self._asked.get(name) or self._plan.routes.get(name)
-            for copy in route.copies if route is not None else ():
-                first = seen.setdefault((copy.target, copy.destination), name)
-                if first != name:
-                    twice.append(f"{name} (the place of {first})")
-        return twice
+    def findings(self) -> Findings:
+        """Return what is wrong with the parameters that are not whole."""
+        found = Findings()
+        routes = {**self._plan.routes, **self._asked}
+        expected, writers = _by_target(self._plan.routes, self._plan.routes), _by_target(routes, self._manifest.names)
+        for target in self._plan.targets:
+            storage = self._targets[target].storage
+            if not self._account.is_whole(storage):
+                find(
+                    target,
+                    [region for _, region in expected[target]],
+                    [writer for writer in writers.get(target, ()) if writer[0] not in self._manifest.refused],
+                    (),
+                    expected[target],
+                    came=self._manifest.names,
+                    refused=self._manifest.refused,
+                    findings=found,
+                )
+        return found
 
     def keep_plan(self) -> None:
-        """The sync was whole: what came otherwise than written down is written down."""
+        """Write down, after a sync that was whole, what came otherwise than written down."""
         if not self._asked:
             return
         self._plan.routes = {name: self._asked.get(name) or self._plan.routes[name] for name in self._manifest.names}
+        self._plan.known = _by_target(self._plan.routes, self._plan.routes)
         if not self._plan.asked_again:
             self._plan.asked_again = True
             name, route = next(iter(self._asked.items()))
@@ -173,48 +174,78 @@ class ReplayPass:
                 route.shape,
             )
 
-    def close(self) -> None:
-        """Nothing to let go of."""
-
     # ----------------------------------------------------------------------------------------------------------------
 
     def _ask(self, name: str, tensor: torch.Tensor) -> Route | None:
-        """Where the model's own loader would put a tensor now; `None`, and noted, where it refuses it."""
+        """Return where the model's own loader would put a tensor now; `None`, and noted, where it refuses it."""
         self._staging.back()
-        recorder = Recorder(self._parameters, self._staging.storages(), write=False)
+        recorder = Recorder(Places(self._parameters), write=False)
         load_weights: Any = self._model.load_weights
+        buffer = self._parameters.get(name)
+        if isinstance(buffer, torch.Tensor) and not isinstance(buffer, torch.nn.Parameter):
+            return self._ask_buffer(name, tensor, buffer)
         try:
-            with recorder:
-                load_weights(recorder.watched([(name, tensor)]))
+            incoming = Incoming(name, tensor, self._parts(name, tensor))
+            recorder.expect([incoming])
+            with told_of_foreign_experts(self._model, recorder), recorder:
+                load_weights(recorder.stream())
+            wrong = incoming.refused or complaint(incoming, groups(), self._model)
         except Exception as error:
+            wrong = first_line(error)
+        if wrong is not None:
             known = self._plan.routes.get(name)
             change = f"came as {tensor.dtype} of shape {tuple(tensor.shape)}"
             before = f" instead of {known.dtype} of shape {known.shape}" if known is not None else ""
-            self._manifest.refuse(name, f"{change}{before}: {first_line(error)}")
+            self._manifest.refuse(name, f"{change}{before}: {wrong}")
             return None
-        route = recorder.routes.get(name)
-        wrong = recorder.not_plain.get(name)
-        if route is not None:
-            for copy in route.copies:
-                target = self._targets[copy.target]
-                shape = tuple(target.parameter.shape)
-                if target.blocks is not None and not target.blocks.fits(copy.destination, shape):
-                    wrong = f"a part of {copy.target} that cannot be packed alone"
-        if wrong is not None or route is None:
-            self._manifest.refuse(name, f"came otherwise than before, and its loader does {wrong}; sync again")
+        route = incoming.route(lambda target: tuple(self._targets[target].tensor.shape))
+        otherwise = next(iter(recorder.not_plain.values()), None)
+        for copy in route.copies:
+            target = self._targets[copy.target]
+            shape = tuple(target.tensor.shape)
+            if target.blocks is not None and not target.blocks.fits(copy.destination, shape):
+                otherwise = f"a copy of a part of {copy.target} that cannot be packed alone"
+        if otherwise is not None:
+            self._manifest.refuse(name, f"came otherwise than before, and its loader does {otherwise}; sync again")
             return None
         self._asked[name] = route
+        self._manifest.look(name, tensor)
         return route
 
-    def _add(self, batch: _Batch, name: str, copy: Copy, tensor: torch.Tensor) -> tuple[int, int]:
-        """Put a copy into the batch; the number of elements, and the storage that they go to."""
+    def _ask_buffer(self, name: str, tensor: torch.Tensor, buffer: torch.Tensor) -> Route | None:
+        if buffer.shape != tensor.shape or not castable(tensor.dtype, buffer.dtype):
+            self._manifest.refuse(
+                name, f"came as {tensor.dtype} of shape {tuple(tensor.shape)} for a buffer of {tuple(buffer.shape)}"
+            )
+            return None
+        whole = Region.of(buffer, int(buffer.storage_offset()))
+        route = self._asked[name] = Route(tuple(tensor.shape), tensor.dtype, (Copy(name, whole, None),))
+        return route
+
+    def _add(self, batch: _Batch, name: str, copy: Copy, tensor: torch.Tensor) -> int:
+        """Put a copy into the batch, and count it; the storage that it goes to."""
         target = self._targets[copy.target]
         source = tensor if copy.source is None else copy.source.in_tensor(tensor)
+        if self._manifest.finite or name in self._asked:
+            self._manifest.look_after_cast(name, source, target.tensor.dtype)
+        self._account.copied(target.storage, copy.destination)
         if target.blocks is not None and target.integers is not None:
-            source = source if source.dtype == target.parameter.dtype else source.to(target.parameter.dtype)
+            source = source if source.dtype == target.tensor.dtype else source.to(target.tensor.dtype)
             place = target.blocks.region(target.integers, copy.destination)
             batch.blocked.add(place, target.blocks.plain(source), name)
         else:
-            back(target.parameter)
-            batch.plain.add(copy.destination.in_tensor(target.parameter.data), source, name)
-        return copy.destination.elements, target.storage
+            if back(target.tensor):
+                for fill in self._fills.get(copy.target, ()):
+                    fill.destination.in_tensor(target.tensor.data).fill_(fill.value)
+            batch.plain.add(copy.destination.in_tensor(target.tensor.data), source, name)
+        return target.storage
+
+
+def _by_target(routes: Mapping[str, Route], names: Iterable[str]) -> dict[str, list[Writer]]:
+    """Return for each parameter what tensors write into it."""
+    found: dict[str, list[Writer]] = {}
+    for name in names:
+        route = routes.get(name)
+        for copy in route.copies if route is not None else ():
+            found.setdefault(copy.target, []).append((name, copy.destination))
+    return found

@@ -14,80 +14,68 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from verl_ascend_rollout.worker.weights.blocks import DirectWrites
+from verl_ascend_rollout.worker.weights.account import Account
+from verl_ascend_rollout.worker.weights.cpu.packed_experts import DirectWrites
 from verl_ascend_rollout.worker.weights.layout import LayerRecord, WeightRecord, recorded_layers
-from verl_ascend_rollout.worker.weights.storage import storage_of
-from verl_ascend_rollout.worker.weights.verify import WeightSyncError
-
-if TYPE_CHECKING:
-    from verl_ascend_rollout.worker.weights.plan import Plan
+from verl_ascend_rollout.worker.weights.region import storage_of
 
 HUGE_PAGE = 2 * 2**20
 """Bytes: from which size on a mapping can have one."""
 
 
-@dataclass
+@dataclass(eq=False)
 class StagedLayer:
-    """One layer for the time of a sync.
-
-    Attributes:
-        prefix, layer, record: which it is.
-        kernel: the parameters that its kernels had, by name, where others stand in for them now.
-        direct: of these, by name, those in blocks, into which a loader's copies go without a detour.
-        missing: for each of its parameters the elements that have not come yet.
-        processed: whether it has been rebuilt from what came.
-        touched: whether anything has come.
-    """
+    """One layer for the time of a sync."""
 
     prefix: str
     layer: Any
     record: LayerRecord
+    # The parameters that its kernels had, by name, where others stand in for them now.
     kernel: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    # Of these, by name, those in blocks, into which a loader's copies go without a detour.
     direct: dict[str, DirectWrites] = field(default_factory=dict)
-    missing: dict[str, int] = field(default_factory=dict)
-    processed: bool = False
-    touched: bool = False
+    names: list[str] = field(default_factory=list)  # of its parameters
+    processed: bool = False  # whether it has been rebuilt from what came
 
-    def present(self, plan: Plan) -> None:
-        """Put parameters in checkpoint form in place of the kernels'; where a plan is replayed, not in place of blocked
-        ones into which nothing but whole blocks is copied, and without memory until `back` gives it."""
-        replayed = plan.replayable
+    def present(self, replayed: Container[str] | None) -> None:
+        """Put parameters in checkpoint form in place of the kernels'.
+
+        Args:
+            replayed: where a plan is replayed, the blocked parameters that need none, since nothing but whole blocks is
+                copied into them; the others have no memory then until `back` gives it.
+        """
         for name, weight in self.record.weights.items():
             parameter = getattr(self.layer, name, None)
             if not isinstance(parameter, torch.nn.Parameter):
                 continue
-            known = replayed and f"{self.prefix}.{name}" in plan.packed
+            known = replayed is not None and f"{self.prefix}.{name}" in replayed
             if weight.layout == "repacked" or (weight.layout == "blocked" and not known):
                 self.kernel[name] = parameter
-                setattr(self.layer, name, _unbacked(weight) if replayed else _mapped(weight))
-                if weight.blocks is not None and not replayed:
+                setattr(self.layer, name, _mapped(weight) if replayed is None else _unbacked(weight))
+                if weight.blocks is not None and replayed is None:
                     staged = getattr(self.layer, name).data
                     self.direct[name] = DirectWrites(weight.blocks, parameter.data, staged)
-            self.missing[name] = math.prod(weight.shape)
+            self.names.append(name)
 
-    def came(self, name: str, elements: int) -> bool:
-        """Note that a part of a parameter has come; whether the layer is whole now."""
-        self.touched = True
-        self.missing[name] -= elements
-        return not self.processed and all(left <= 0 for left in self.missing.values())
-
-    def lacking(self) -> list[str]:
-        """The names of staged parameters of which nothing has come."""
-        whole = {name: math.prod(self.record.weights[name].shape) for name in self.kernel}
-        return [f"{self.prefix}.{name}" for name, elements in whole.items() if 0 < elements <= self.missing[name]]
+    def is_whole(self, account: Account) -> bool:
+        """Return whether all of its parameters have come."""
+        return all(account.is_whole(storage_of(getattr(self.layer, name))) for name in self.names)
 
     def process(self) -> None:
         """Rebuild the layer from what came, and let go of what was staged."""
         self.processed = True
         weights = self.record.weights
         staged = {name: getattr(self.layer, name) for name in self.kernel}
+        for view in self.record.views:
+            if view.weight in staged:
+                view.tensor.copy_(view.region.in_tensor(staged[view.weight].data))
         if any(weight.blocks is not None for weight in weights.values()):
             for name, kernel in self.kernel.items():
                 # A layer is blocked, or repacked as a whole.
@@ -117,37 +105,36 @@ class StagedLayer:
 
 class Staging:
     """The layers of a model that are rebuilt in a sync: on a CPU all that have code for it and are not loaded in place
-    by `moe` or derived again by `bracket`; elsewhere none.
+    by `expert_format` or derived again by `sync`; elsewhere none.
 
     Attributes:
         layers: these.
         closed: names by storage of the packed weights of rebuilt layers: nothing may be loaded into them any more.
     """
 
-    def __init__(self, model: torch.nn.Module, plan: Plan) -> None:
+    def __init__(self, model: torch.nn.Module, replayed: Container[str] | None) -> None:
         """Present the layers.
 
         Args:
             model: in the state in which it serves.
-            plan: see `StagedLayer.present`.
+            replayed: see `StagedLayer.present`.
         """
         self.layers = [StagedLayer(prefix, layer, record) for prefix, layer, record in _rebuilt_layers(model)]
         for layer in self.layers:
-            layer.present(plan)
+            layer.present(replayed)
+        self._names = {f"{layer.prefix}.{name}" for layer in self.layers for name in layer.kernel}
         # Tied weights belong to several layers.
-        self._by_storage: dict[int, list[tuple[StagedLayer, str]]] = {}
+        self._by_storage: dict[int, list[StagedLayer]] = {}
         for layer in self.layers:
-            for name in layer.missing:
-                storage = storage_of(getattr(layer.layer, name))
-                self._by_storage.setdefault(storage, []).append((layer, name))
+            for name in layer.names:
+                self._by_storage.setdefault(storage_of(getattr(layer.layer, name)), []).append(layer)
         self._whole: list[StagedLayer] = []
-        self._processed: set[int] = set()
         self.closed: dict[int, str] = {}
 
-    def came(self, storage: int, elements: int) -> None:
-        """Note that elements have been written into a storage (see `storage_of`)."""
-        for layer, name in self._by_storage.get(storage, ()):
-            if layer.came(name, elements):
+    def came(self, storage: int, account: Account) -> None:
+        """Note that something has been written into a storage (see `storage_of`), and counted."""
+        for layer in self._by_storage.get(storage, ()):
+            if not layer.processed and layer not in self._whole and layer.is_whole(account):
                 self._whole.append(layer)
 
     def process_whole_layers(self) -> None:
@@ -157,23 +144,13 @@ class Staging:
         self._whole.clear()
 
     def process_rest(self) -> None:
-        """Rebuild the layers that are not whole by count; for the end of a sync that was found to be complete: a
-        vocabulary is padded, and nobody sends the padding."""
+        """Rebuild the layers that have no parameters to wait for; for the end of a sync that was whole."""
         for layer in self.layers:
-            # With verify: off, a layer of which nothing came keeps what it had.
-            if layer.touched or not layer.missing:
-                lacking = layer.lacking()
-                if lacking and not layer.processed:
-                    raise WeightSyncError(
-                        f"Nothing came for {', '.join(lacking)}, and the rest of that layer did: it is packed as a "
-                        "whole, so all of it has to come, with verify: off as well"
-                    )
-                self._process(layer)
+            self._process(layer)
 
     def _process(self, layer: StagedLayer) -> None:
         if not layer.processed:
             layer.process()
-            self._processed.add(id(layer.layer))
             for name, weight in layer.record.weights.items():
                 if weight.layout == "blocked":
                     self.closed[storage_of(getattr(layer.layer, name))] = f"{layer.prefix}.{name}"
@@ -185,15 +162,15 @@ class Staging:
                 layer.give_up()
 
     def storages(self) -> set[int]:
-        """The storages that are there for this sync only."""
+        """Return the storages that are there for this sync only."""
         return {storage_of(getattr(layer.layer, name)) for layer in self.layers for name in layer.kernel}
 
     def direct(self) -> dict[int, DirectWrites]:
-        """The weights that are written into without a detour, by the storage of what stands in for them."""
+        """Return the weights that are written into without a detour, by the storage of what stands in for them."""
         return {writes.storage: writes for layer in self.layers for writes in layer.direct.values()}
 
     def has(self, layer: torch.nn.Module) -> bool:
-        """Whether a layer is one of these, rebuilt or left as it was."""
+        """Return whether a layer is one of these, rebuilt or left as it was."""
         return any(staged.layer is layer for staged in self.layers)
 
     def back(self) -> None:
@@ -202,9 +179,9 @@ class Staging:
             for name in layer.kernel:
                 back(getattr(layer.layer, name))
 
-    def is_processed(self, layer: torch.nn.Module) -> bool:
-        """Whether a layer has been rebuilt in this sync."""
-        return id(layer) in self._processed
+    def staged_names(self) -> set[str]:
+        """Return the names of parameters that are there for this sync only, before any layer is rebuilt."""
+        return self._names
 
 
 def _rebuilt_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, LayerRecord]]:
@@ -215,26 +192,29 @@ def _rebuilt_layers(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Modu
             yield prefix, layer, record
 
 
-def back(parameter: torch.nn.Parameter) -> None:
-    """Give an unbacked parameter its memory.  A second call does nothing, nor does one for any other parameter.
+def back(parameter: torch.Tensor) -> bool:
+    """Give an unbacked parameter its memory, and say whether it needed any.
 
     From the heap, where the next layer finds what this one leaves, in the cache and mapped: in a replay layers come one
     after the other, and fresh pages take longer than the copies into them.
     """
     storage = parameter.untyped_storage()
-    if storage.nbytes() == 0:
-        storage.resize_(parameter.numel() * parameter.element_size())
+    if storage.nbytes() or not parameter.numel():
+        return False
+    storage.resize_(parameter.numel() * parameter.element_size())
+    return True
 
 
 def _unbacked(weight: WeightRecord) -> torch.nn.Parameter:
-    """A parameter as `_mapped` makes it, without memory."""
+    """Return a parameter as `_mapped` makes it, without memory."""
     data = torch.empty(weight.shape, dtype=weight.dtype)
     data.untyped_storage().resize_(0)
     return _parameter(weight, data)
 
 
 def _mapped(weight: WeightRecord) -> torch.nn.Parameter:
-    """A parameter like the one that vLLM made first: its class, its attributes, its shape; its values are undefined.
+    """Return a parameter like the one that vLLM made first: its class, its attributes, its shape; its values are
+    undefined.
 
     Its memory is a mapping of its own, which takes room only where it is written, and goes back to the system with the
     parameter: the heap would keep what a layer leaves until all layers have gone.
@@ -268,6 +248,9 @@ def _process_anew(layer: Any) -> None:
     if kernel is not None:
         method.moe_kernel = None
     if hasattr(layer, "cpu_linear"):
+        if _is_embedding(layer):
+            layer.cpu_linear = _PackedWhenUsed(layer)
+            return
         # What oneDNN packed before (0.28, layers/utils.py): let go of first, its memory is there for what comes now.
         layer.cpu_linear = None
     with suppress(AttributeError):
@@ -276,3 +259,25 @@ def _process_anew(layer: Any) -> None:
     method.process_weights_after_loading(layer)
     if capture is not None:
         method.moe_kernel.fused_experts.set_capture_fn(capture)
+
+
+class _PackedWhenUsed:
+    """Stands for what oneDNN has of an embedding: it is packed where the embedding serves as a head as well.
+
+    vLLM packs a copy of every embedding, for half a gigabyte of Qwen1.5-MoE's two thirds of a second, and reads it in
+    no model that has a head of its own.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer = self._layer
+        layer.quant_method.process_weights_after_loading(layer)
+        return layer.cpu_linear(*args, **kwargs)
+
+
+def _is_embedding(layer: torch.nn.Module) -> bool:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    return isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)

@@ -1,0 +1,145 @@
+"""The death of an engine: noticed when it happens, said in one sentence, and the end of every wait for that engine.
+
+vLLM notices as well, and tells those who ask next; whoever waits already for an answer of an EngineCore that was
+killed waits for ever (vLLM 0.28, v1/engine/core_client.py: nothing fails `utility_results`), and a worker's death may
+go unseen while its EngineCore waits for that worker's answer.  So the rollout server looks at the processes itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import psutil
+
+Result = TypeVar("Result")
+
+POLL_SECONDS = 0.25
+"""How often the processes are looked at."""
+
+LAST_WORDS_SECONDS = 1.0
+"""How long the other processes of an engine may take to end by themselves, and to write down why."""
+
+
+class EngineDiedError(RuntimeError):
+    """A process of the rollout engine has ended.  One sentence: which engine, why, and which log has its last words."""
+
+
+@dataclass
+class Watch:
+    """Looks at the processes of one engine, from before it is made, until one has ended.
+
+    Attributes:
+        cause: why the engine is dead, as a clause; a future, which `watch` resolves.
+        engine: vLLM's `AsyncLLM`, once it is there.
+        cores: its EngineCore processes, by process id, which this process has started.
+        workers: its workers on this host, and what each is called.
+    """
+
+    cause: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    engine: Any = None
+    cores: dict[int, BaseProcess] = field(default_factory=dict)
+    workers: dict[psutil.Process, str] = field(default_factory=dict)
+
+    def follow(self, workers: list[dict[str, Any]]) -> None:
+        """Look at the workers as well.
+
+        Args:
+            workers: what they said of themselves, by rank: `pid` and `host`.
+        """
+        for rank, worker in enumerate(workers):
+            if worker["host"] == socket.gethostname():
+                with contextlib.suppress(psutil.NoSuchProcess):  # then its EngineCore ends too
+                    self.workers[psutil.Process(worker["pid"])] = f"worker {rank}"
+
+    @property
+    def died(self) -> bool:
+        """Whether the engine is known to be dead."""
+        return self.cause.done()
+
+    def look(self) -> bool:
+        """Look at the processes now; whether the engine is dead."""
+        if self.died:
+            return True
+        for child in multiprocessing.active_children():
+            if child.name.startswith("EngineCore") and child.pid is not None:
+                self.cores.setdefault(child.pid, child)
+        gone = [f"its EngineCore (process {pid})" for pid, core in self.cores.items() if not core.is_alive()]
+        gone += [f"its {name} (process {process.pid})" for process, name in self.workers.items() if not _lives(process)]
+        if gone:
+            self.cause.set_result(f"{' and '.join(gone)} {self._how()}")
+        elif self.engine is not None and self.engine.errored:
+            self.cause.set_result("vLLM reported that its EngineCore failed")
+        return self.died
+
+    async def watch(self) -> None:
+        """Wait for the engine's death, then end what is left of it.  Does not raise."""
+        while not self.look():
+            await asyncio.sleep(POLL_SECONDS)
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        self.kill()
+
+    async def while_alive(self, call: Awaitable[Result]) -> Result:
+        """Return what `call` returns.
+
+        Raises:
+            EngineDiedError: the engine died before it had an answer, and `call` was cancelled; the cause alone.
+            Exception: whatever `call` raises while the engine lives.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            await asyncio.wait((task, self.cause), return_when=asyncio.FIRST_COMPLETED)
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                self.look()  # vLLM may have been sooner to notice
+        finally:
+            if not task.done():
+                task.cancel()
+                # What it holds (a lock) is let go of before anyone goes on.
+                await asyncio.wait((task,))
+        if self.died and (task.cancelled() or task.exception() is not None):
+            raise EngineDiedError(self.cause.result()) from None
+        return task.result()
+
+    def _how(self) -> str:
+        """Return how it ended, as far as can be known: of a worker, which is no child of this process, it cannot."""
+        code = next((core.exitcode for core in self.cores.values() if core.exitcode is not None), None)
+        if code is None:
+            return "ended without being asked to"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        hint = ", as the kernel does it when memory runs out" if -code == signal.SIGKILL else ""
+        return f"ended by {signal.Signals(-code).name}{hint}"
+
+    def kill(self) -> None:
+        """Kill what is left of the engine, which could otherwise outlive the job."""
+        for process in self.workers:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        for core in self.cores.values():
+            core.kill()
+            core.join(LAST_WORDS_SECONDS)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        # A process that nobody has waited for is there, as a zombie.
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def log_of_this_process() -> str:
+    """Return where this process and those that it started write to: the engine's last words are there."""
+    with contextlib.suppress(OSError):
+        target = os.readlink("/proc/self/fd/2")
+        if target.startswith("/") and not target.startswith("/dev/"):
+            return f"{target} on {socket.gethostname()}"
+    return f"the log of the rollout server (process {os.getpid()} on {socket.gethostname()})"

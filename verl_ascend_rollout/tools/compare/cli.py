@@ -1,0 +1,77 @@
+"""The sub-command `ascend-safe compare`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from verl_ascend_rollout.tools import picture, terminal, wording
+from verl_ascend_rollout.tools import report as reports
+from verl_ascend_rollout.tools.compare import plot, reading
+from verl_ascend_rollout.tools.compare.build import side_by_side
+from verl_ascend_rollout.tools.compare.sections import report_of
+from verl_ascend_rollout.tools.redaction import redact
+from verl_ascend_rollout.tools.report import ReportError
+
+LONGEST_ERROR = 400
+"""Characters of a sentence on standard error: the file that it speaks of may have any."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to argparse's sub-parsers."""
+    parser = commands.add_parser(
+        "compare",
+        help="smoke reports side by side: which numbers may be compared, why they differ, whether the outputs agree",
+        description="Set two or more JSON reports of `ascend-safe smoke` side by side, from any platforms, on any "
+        "machine: which of their times may be compared and which not, why they differ, and whether they said the "
+        "same.  The first report is what the others are compared with.  Exit status: 0; 1 where outputs that should "
+        "agree do not, or a report failed; 2 for a usage error or a file that is no smoke report.",
+    )
+    parser.set_defaults(run=run, parser=parser)
+    parser.add_argument("files", nargs="+", metavar="REPORT", help="smoke.json of a run; the first is the baseline")
+    parser.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what to call a report, once for each, in their order (default: platform and vLLM's version)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report for machines as well")
+    parser.add_argument("--markdown", "--out", type=Path, metavar="FILE", help="write it for people, not on the screen")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write it for CI systems as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf (needs matplotlib)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Compare, print, write; the exit status."""
+    try:
+        if arguments.plot is not None:
+            picture.check(arguments.plot, "--plot", ReportError)
+        found = side_by_side(reading.read(arguments.files, arguments.label))
+        report = report_of(found)
+        people = dataclasses.replace(report, facts={})  # its sections tell them
+        for form in reports.FORMS:
+            path = getattr(arguments, form)
+            if path is not None:
+                reports.write(report if form == "json" else people, path, form)
+        if arguments.plot is not None:
+            plot.draw(found, arguments.plot)
+    except ReportError as error:
+        told = wording.clipped(wording.line(str(error)), LONGEST_ERROR)
+        print(redact(f"ascend-safe: {told}"), file=sys.stderr)
+        return 2
+    out = terminal.console()
+    if arguments.markdown is not None:
+        clean = people.redacted()
+        terminal.checks(out, clean.checks, details=())
+        out.print("", clean.verdict_line(), sep="\n")
+    elif out.is_terminal:
+        from rich.markdown import Markdown
+
+        out.print(Markdown(people.to_markdown(), hyperlinks=False))
+    else:
+        out.print(people.to_markdown(), soft_wrap=True)
+    return report.exit_code

@@ -1,0 +1,125 @@
+"""The sub-command `ascend-safe doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from verl_ascend_rollout.platforms.base import Soc
+from verl_ascend_rollout.platforms.npu import soc_named
+from verl_ascend_rollout.tools import report as reports
+from verl_ascend_rollout.tools import terminal
+from verl_ascend_rollout.tools.doctor import wheels
+from verl_ascend_rollout.tools.redaction import redact
+from verl_ascend_rollout.tools.report import Report, ReportError
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to argparse's sub-parsers."""
+    parser = commands.add_parser(
+        "doctor",
+        help="whether a rollout can work here, or with a stack of releases, read without importing anything",
+        description="Examine this installation without importing torch, verl, vLLM or vllm-ascend: what is installed "
+        "and what hides it, which versions go together, which libraries are missing, which settings cannot work, and "
+        "whether what ascend_safe relies on is still where it was.  Exit status: 0; 1 where a check failed; 2 for a "
+        "usage error.",
+    )
+    parser.set_defaults(run=run, parser=parser)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "--for",
+        dest="stack",
+        metavar="STACK",
+        help="examine a stack from its wheels instead: verl==0.8.0,vllm==0.18.0[,vllm-ascend==0.18.0]; they are "
+        "downloaded and not installed",
+    )
+    what.add_argument("--live", action="store_true", help="also import each package, in processes of their own")
+    parser.add_argument(
+        "--soc",
+        metavar="SOC",
+        help=f"with --for: the Ascend chip that it is planned for: {', '.join(get_args(Soc))}, or 910B3, ...",
+    )
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        metavar="DIR",
+        help="with --for: where the wheels are, or are downloaded to (default: verl_ascend_rollout/wheels in the "
+        "user's cache folder)",
+    )
+    parser.add_argument("--all", action="store_true", help="print every check, also those that passed or do not apply")
+    for form, what_for in (("json", "machines"), ("markdown", "people"), ("junit", "CI systems")):
+        parser.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"write the report for {what_for} as well")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Examine, print, write; the exit status.
+
+    Raises:
+        SystemExit: with status 2, for a usage error.
+    """
+    from verl_ascend_rollout.tools.doctor.examine import examine, examine_wheels
+
+    if arguments.wheels is not None and arguments.stack is None:
+        arguments.parser.error("--wheels goes with --for: an installation is not read from wheels")
+    if arguments.soc is not None and arguments.stack is None:
+        arguments.parser.error("--soc goes with --for: the chip of this machine is looked for")
+    soc = soc_named(arguments.soc) if arguments.soc is not None else None
+    if arguments.soc is not None and soc is None:
+        arguments.parser.error(f"--soc: {arguments.soc!r} is no Ascend chip that is known here")
+    # Syntax trees of a million nodes, none of them garbage: to look for some took a quarter of the time.
+    gc.disable()
+    try:
+        if arguments.stack is not None:
+            try:
+                wanted = wheels.parse_stack(arguments.stack)
+            except wheels.WheelError as error:
+                arguments.parser.error(f"--for: {error}")
+            stack = wheels.get(wanted, arguments.wheels or wheels.cache_folder())
+            report = examine_wheels(stack, soc)
+            stack.close()
+        else:
+            report = examine(with_live=arguments.live)
+        for form in reports.FORMS:
+            if (path := getattr(arguments, form)) is not None:
+                reports.write(report, path, form)
+        show(report, every=arguments.all)
+    except (ReportError, wheels.WheelError) as error:
+        return terminal.fail(redact(str(error)), 1)
+    finally:
+        gc.enable()
+    return report.exit_code
+
+
+def show(report: Report, every: bool = False) -> None:
+    """Print what needs a look, or every check; the block for an issue; and the verdict; redacted."""
+    clean, out = report.redacted(), terminal.console()
+    needed = ("fail", "warn", "unknown")
+    shown = [check for check in clean.checks if every or check.verdict in needed]
+    out.print(f"{clean.title}: {clean.verdict_line()}", "", sep="\n")
+    order = reports.WORST_FIRST
+    terminal.checks(
+        out, sorted(shown, key=lambda check: order.index(check.verdict)), details=order if every else needed
+    )
+    if hidden := len(clean.checks) - len(shown):
+        out.print("", f"{hidden} more passed or do not apply: --all shows them.", sep="\n")
+    out.print("", "To paste into an issue (redacted; look it over all the same):", "", sep="\n")
+    for line in (*_block(clean), "", clean.verdict_line()):
+        out.print(terminal.plain(line), soft_wrap=True)
+
+
+def _block(report: Report) -> Iterator[str]:
+    """Yield what a maintainer asks first, small enough for an issue."""
+    yield "```"
+    for name, value in report.facts.items():
+        if isinstance(value, dict):
+            between = "=" if name == "variables" else " "
+            value = ", ".join(f"{key}{between}{item}" for key, item in value.items())
+        yield f"{name}: {'not known' if value is None else value}"
+    for check in report.checks:
+        if check.verdict in ("fail", "warn", "unknown"):
+            yield f"{check.verdict}: {check.name}: {check.summary}"
+    yield report.verdict_line()
+    yield "```"

