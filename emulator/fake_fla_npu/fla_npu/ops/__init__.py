@@ -1,0 +1,1 @@
+"""Fake `fla_npu.ops`: see fla_npu."""
