@@ -1,6 +1,10 @@
 """The demo: make a toy Qwen1.5-MoE and its data, train it with GRPO through `rollout=ascend_safe`, show what happened.
 
     python recipes/grpo_tiny_cpu/demo.py [--steps 12] [--out outputs/demo] [--seed 0] [--timeout 1800]
+                                         [--rollout vllm] [--tp 2] [SETTING ...]
+
+`--rollout vllm` is the control: verl's stock rollout, all else equal.  `--tp 2` trains on two devices; the engine is
+over both.
 
 What runs is `run.sh` beside this file: verl's own trainer, Ray and a real vLLM engine.  Everything that it prints goes
 to OUT/train.log; this script reads that log, verl's metrics file and our lifecycle events while they grow.  At the end
@@ -21,6 +25,11 @@ Keys of summary.json (times in seconds, sizes in bytes; null: not seen):
   the smallest of all of them in the run, so that a single one that did nothing shows as 0.
 - `sleep_bytes_freed`: where the engine has sleep mode: bytes of the device that one sleep gave back (KV cache and
   weights), by the driver's count; the smallest of the run.
+- `sync_paths`: how the weight syncs loaded the weights, in order, by the events of one of the engine's workers:
+  `loader, 6 replay`; null where the rollout writes no events.
+- `rollout`, `tensor_parallel`, `date`: of this run.
+- `set_up_seconds`: of the environment that it ran in, from the file `.ready` in it; null where something else made it.
+- `problem`: why the run is no success, in one sentence; null where it is one.
 - `versions`: of what took part, from the installed packages' metadata.
 - `phases`: seconds from the launch of run.sh at which each phase of the start-up was first seen.
 
@@ -34,14 +43,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,12 +57,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
+from verl_ascend_rollout.tools.supervisor import Ended, Follower, supervise
+from verl_ascend_rollout.tools.terminal import Progress, console
 
 HERE = Path(__file__).resolve().parent
 
 PEARSON_WANTED = 0.99
 FEWEST_STEPS = 3
+
+OURS = "ascend_safe"
 
 REWARD = "critic/score/mean"
 PEARSON = "training/rollout_actor_probs_pearson_corr"
@@ -78,9 +89,7 @@ PHASES = (
 """Phases of the start-up, each with the text in verl's or Ray's log that begins it (verl 0.9.1, ray 2.60)."""
 
 IMPORT_FIX = "import fix: "
-"""What ascend_safe says where a folder hides the real vLLM (verl_ascend_rollout/import_fix.py)."""
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What ascend_safe says where a folder hides the real vLLM (verl_ascend_rollout/import_fix/__init__.py)."""
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
@@ -148,6 +157,14 @@ def sleep_bytes(events: Iterable[Mapping[str, Any]]) -> int | None:
     return min(freed, default=None)
 
 
+def sync_paths(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """How the weight syncs loaded the weights, as one of the engine's workers noted: `loader, 6 replay`."""
+    syncs = [event for event in events if event.get("step") == "sync" and event.get("process") == "worker"]
+    paths = [event["detail"]["path"] for event in syncs if event["pid"] == syncs[0]["pid"]]
+    counted = [(path, len(list(run))) for path, run in itertools.groupby(paths)]
+    return ", ".join(path if count == 1 else f"{count} {path}" for path, count in counted) or None
+
+
 def summarise(
     steps: Sequence[Step],
     events: Iterable[Mapping[str, Any]],
@@ -189,6 +206,7 @@ def summarise(
         "kv_bytes_freed": freed,
         "sleep_bytes_freed": sleep_bytes(seen),
         "kv_bytes_restored": restored,
+        "sync_paths": sync_paths(seen),
         "versions": dict(versions),
         "phases": {name: round(seconds, 2) for name, seconds in phases.items()},
     }
@@ -229,6 +247,15 @@ def verdict(summary: Mapping[str, Any], steps_wanted: int) -> str | None:
     return None
 
 
+def unfinished(ended: Ended, steps: int, options: argparse.Namespace, cause: str | None) -> str:
+    """Why training ended before its end, in one sentence; `cause`: what its log says."""
+    if ended.timed_out:
+        sentence = f"training did not end within {options.timeout:g} s ({steps} steps done)"
+    else:
+        sentence = f"training stopped with exit code {ended.status} after {steps} of {options.steps} steps"
+    return f"{sentence}: {cause}" if cause else sentence
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what takes part, by the packages' metadata: nothing is imported."""
 
@@ -246,7 +273,16 @@ def versions() -> dict[str, str | None]:
         "ray": of("ray"),
         "transformers": of("transformers"),
         "verl_ascend_rollout": of("verl-ascend-rollout"),
+        **{name: found for name in ("vllm-ascend", "torch-npu") if (found := of(name))},
     }
+
+
+def set_up_seconds() -> float | None:
+    """What the set-up of this environment took, by its file `.ready`; `None` where something else made it."""
+    try:
+        return float(Path(sys.prefix, ".ready").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def plot(steps: Sequence[Step], file: Path) -> None:
@@ -266,10 +302,11 @@ def plot(steps: Sequence[Step], file: Path) -> None:
     pearson_axis = reward_axis.twinx()
     correlations = [_or_nan(step.value(PEARSON)) for step in steps]
     pearson_axis.plot(numbers, correlations, marker=".", color="tab:orange", label="correlation")
-    pearson_axis.axhline(PEARSON_WANTED, color="tab:orange", linestyle=":", linewidth=1)
+    wanted = f"correlation wanted: {PEARSON_WANTED}"
+    pearson_axis.axhline(PEARSON_WANTED, color="tab:orange", linestyle=":", linewidth=1, label=wanted)
     pearson_axis.set(ylabel="Pearson correlation, trainer against rollout")
     pearson_axis.set_ylim(min([0.98, *(value for value in correlations if value == value)]) - 0.002, 1.001)
-    lines = [*reward_axis.get_lines(), pearson_axis.get_lines()[0]]
+    lines = [*reward_axis.get_lines(), *pearson_axis.get_lines()]
     reward_axis.legend(lines, [str(line.get_label()) for line in lines], loc="lower right")
     reward_axis.set_title("GRPO on a toy Qwen1.5-MoE, rollout=ascend_safe")
     figure.savefig(file, dpi=120)
@@ -286,40 +323,6 @@ def _or_nan(value: float | None) -> float:
 
 
 # What is shown ------------------------------------------------------------------------------------------------------
-
-
-class Screen:
-    """Progress on standard output: live with rich on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._console: Any = None
-        self._status: Any = None
-        if sys.stdout.isatty():
-            with contextlib.suppress(ImportError):
-                from rich.console import Console
-
-                self._console = Console(highlight=False)
-
-    def phase(self, name: str, seconds: float) -> None:
-        """Say which phase began, and after how many seconds."""
-        self.line(f"{seconds:7.1f} s  {name}")
-        if self._console is not None:
-            self.close()
-            self._status = self._console.status(f"{name} ...")
-            self._status.start()
-
-    def line(self, text: str) -> None:
-        """Print one line."""
-        if self._console is not None:
-            self._console.print(text, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
-
-    def close(self) -> None:
-        """Stop the spinner."""
-        if self._status is not None:
-            self._status.stop()
-            self._status = None
 
 
 def step_line(step: Step, of: int) -> str:
@@ -349,6 +352,7 @@ def report(summary: Mapping[str, Any]) -> list[str]:
         if summary["sleep_bytes_freed"] is not None
         else f"  KV cache, one free/init  {_size(summary['kv_bytes_freed'])} freed, "
         f"{_size(summary['kv_bytes_restored'])} restored",
+        f"  weight syncs             {summary['sync_paths'] or '-'}",
         "  versions                 " + ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
     ]
 
@@ -386,191 +390,67 @@ def last_error(text: str) -> str | None:
 # What is run --------------------------------------------------------------------------------------------------------
 
 
-class Interrupted(BaseException):
+def run(command: Sequence[str], options: argparse.Namespace, screen: Progress, **more: Any) -> Ended:
+    """Run a program whose output goes to train.log.
+
+    Raises:
+        Stopped: the user asked us to.
+    """
+    ended = supervise(command, options.out / "train.log", {"PYTHONUNBUFFERED": "1"}, options.timeout, **more)
+    screen.close()
+    if ended.signal:
+        raise Stopped(signal.Signals(ended.signal).name)
+    return ended
+
+
+class Stopped(Exception):
     """The demo was told to stop (Ctrl-C, SIGTERM or SIGHUP)."""
 
 
 @dataclass
-class Family:
-    """Everything that this process started, however deep, and the shared-memory segments that it holds.
+class Training:
+    """Follows run.sh: what was seen when, in seconds from the launch."""
 
-    This process is made a "child subreaper" (Linux prctl): a process whose parent dies becomes ours instead of init's,
-    so that Ray's and vLLM's processes stay in our tree, even those that a killed parent left.  No other process is ever
-    looked at, so another Ray on this machine is safe.
-    """
-
-    segments: set[Path] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        pr_set_child_subreaper = 36
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None, use_errno=True).prctl(pr_set_child_subreaper, 1, 0, 0, 0)
-
-    def members(self) -> list[psutil.Process]:
-        """The living processes, without zombies."""
-        living = []
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    living.append(process)
-        return living
-
-    def note_segments(self) -> None:
-        """Remember which files of /dev/shm our processes have mapped or open."""
-        for process in self.members():
-            with contextlib.suppress(psutil.Error, OSError):
-                for line in Path(f"/proc/{process.pid}/maps").read_text(errors="replace").splitlines():
-                    start = line.find("/dev/shm/")
-                    if start >= 0 and not line.endswith("(deleted)"):
-                        self.segments.add(Path(line[start:]))
-
-    def end(self, first: subprocess.Popen[bytes] | None, patience: float) -> int:
-        """End every process and remove its segments.
-
-        Args:
-            first: the process that gets a SIGTERM, and `patience` seconds to end the others itself, as Ray's driver
-                does; `None` where it has ended already.
-            patience: see there.  Whatever is left 3 seconds after `first` has gone is ended by us.
-
-        Returns:
-            How many processes had to be ended.
-        """
-        self.note_segments()
-        if first is not None and first.poll() is None:
-            first.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                first.wait(patience)
-        deadline = time.monotonic() + 3
-        while (left := self.members()) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.terminate()
-        psutil.wait_procs(left, timeout=2)
-        # A resource tracker ends by itself, after it has removed the segments of the processes that it watched.
-        for spare in (True, False):
-            killed = []
-            for process in self.members():
-                with contextlib.suppress(psutil.Error):
-                    if not (spare and "resource_tracker" in " ".join(process.cmdline())):
-                        process.kill()
-                    killed.append(process)
-            psutil.wait_procs(killed, timeout=3)
-        if first is not None:
-            first.poll()
-        for segment in self.segments:
-            with contextlib.suppress(OSError):
-                segment.unlink()
-        return len(left)
-
-
-class Follower:
-    """Reads what was appended to a file since the last look; a file that is not there yet is empty."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._offset = 0
-        self._rest = ""
-
-    def lines(self) -> list[str]:
-        """The complete lines that are new."""
-        try:
-            with self._file.open("rb") as stream:
-                stream.seek(self._offset)
-                new = stream.read()
-        except FileNotFoundError:
-            return []
-        self._offset += len(new)
-        *complete, self._rest = (self._rest + new.decode("utf-8", errors="replace")).split("\n")
-        return complete
-
-
-@dataclass
-class Outcome:
-    """What the training process left: its exit code (`None`: it ran out of time), and when what was seen."""
-
-    exit_code: int | None = None
+    options: argparse.Namespace
+    screen: Progress
+    launched: float = field(default_factory=time.monotonic)
     seconds_to_first_line: float | None = None
     phases: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._metrics = Follower(self.options.out / "metrics.jsonl")
+        self._ahead = list(PHASES)
+        self._begin(0)
 
-def train(options: argparse.Namespace, out: Path, family: Family, screen: Screen) -> Outcome:
-    """Run run.sh and follow it until it ends or runs out of time."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    environment.update(
-        PYTHON=sys.executable,
-        PYTHONUNBUFFERED="1",
-        OUT=str(out),
-        TOY=str(out / "toy"),
-        SEED=str(options.seed),
-        STEPS=str(options.steps),
-        VERL_FILE_LOGGER_PATH=str(out / "metrics.jsonl"),
-    )
-    outcome = Outcome()
-    log, metrics = Follower(out / "train.log"), Follower(out / "metrics.jsonl")
-    ahead = list(PHASES)
+    def run(self) -> Ended:
+        """Run it to its end, or to the end of its time."""
+        fix = ["--no-import-fix"] if self.options.no_import_fix else []
+        choice = [] if self.options.rollout == OURS else [f"rollout={self.options.rollout}"]
+        command = ["bash", str(HERE / "run.sh"), *fix, *choice, *self.options.settings]
+        ended = run(command, self.options, self.screen, on_line=self._take, on_tick=self._look)
+        self._look()
+        return ended
 
-    def begin(name: str) -> None:
-        outcome.phases[name] = time.monotonic() - launched
-        screen.phase(name, outcome.phases[name])
+    def _begin(self, index: int) -> None:
+        name = self._ahead[index][0]
+        del self._ahead[: index + 1]
+        self.phases[name] = time.monotonic() - self.launched
+        self.screen.phase(name)
 
-    def look() -> None:
-        for line in log.lines():
-            if IMPORT_FIX in line:
-                screen.line(line)
-            for index, (name, marker) in enumerate(ahead):
-                if marker is not None and marker in line:
-                    del ahead[: index + 1]
-                    begin(name)
-                    break
-        for step in read_steps(metrics.lines()):
-            if outcome.seconds_to_first_line is None:
-                outcome.seconds_to_first_line = time.monotonic() - launched
-            screen.line(step_line(step, options.steps))
+    def _take(self, line: str) -> None:
+        if IMPORT_FIX in line:
+            self.screen.line(line)
+        for index, (_, marker) in enumerate(self._ahead):
+            if marker is not None and marker in line:
+                self._begin(index)
+                break
 
-    launched = time.monotonic()
-    with (out / "train.log").open("wb") as stream:
-        process = subprocess.Popen(
-            ["bash", str(HERE / "run.sh"), *(["--no-import-fix"] if options.no_import_fix else [])],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is ours to pass on, in order
-        )
-    try:
-        begin(ahead.pop(0)[0])
-        next_note = launched
-        while process.poll() is None and time.monotonic() - launched < options.timeout:
-            look()
-            if time.monotonic() >= next_note:
-                family.note_segments()
-                next_note = time.monotonic() + 5
-            time.sleep(0.25)
-        outcome.exit_code = process.poll()
-        look()
-    finally:
-        screen.close()
-        with _deaf():
-            ended = family.end(process if process.poll() is None else None, patience=10)
-    if ended and outcome.exit_code == 0:
-        screen.line(f"           {ended} process(es) outlived the training by 3 s and were ended")
-    return outcome
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Clean-up must not be cut short by a second Ctrl-C."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupt(number: int, _frame: Any) -> None:
-    raise Interrupted(signal.Signals(number).name)
+    def _look(self) -> None:
+        self.screen.tick(self.options.timeout)
+        for step in read_steps(self._metrics.read()):
+            if self.seconds_to_first_line is None:
+                self.seconds_to_first_line = time.monotonic() - self.launched
+            self.screen.line(step_line(step, self.options.steps))
 
 
 # The command --------------------------------------------------------------------------------------------------------
@@ -582,11 +462,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for all output")
     parser.add_argument("--seed", type=int, default=0, help="seed of the model, the data and the sampling (default 0)")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds after which to give up (default 1800)")
+    parser.add_argument("--rollout", choices=(OURS, "vllm"), default=OURS, help="vllm: verl's stock one, as a control")
+    parser.add_argument(
+        "--tp", type=int, choices=(1, 2, 4), default=1, help="devices, and the engine's tensor parallel"
+    )
     parser.add_argument(
         "--no-import-fix",
         action="store_true",
         help="where a folder hides the real vLLM or verl, leave it so (by default the real one is put first)",
     )
+    parser.add_argument("settings", nargs="*", metavar="SETTING", help="for verl, as on its own command line")
     options = parser.parse_args(arguments)
     # A step has 8 of the 1,024 prompts; the run is one epoch.
     if not FEWEST_STEPS <= options.steps <= 128:
@@ -606,45 +491,60 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    started = time.monotonic()
-    out = options.out.resolve()
+    options.out = out = options.out.resolve()
+    log = out / "train.log"
     for name in ("train.log", "metrics.jsonl", "events.jsonl", "summary.json", "reward.png"):
         (out / name).unlink(missing_ok=True)
-    for number in STOP_SIGNALS:
-        signal.signal(number, _interrupt)
-    screen, family = Screen(), Family()
-    screen.line(f"GRPO on a toy Qwen1.5-MoE, rollout=ascend_safe, {options.steps} steps; log: {out / 'train.log'}")
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ.update(
+        PYTHON=sys.executable,
+        OUT=str(out),
+        TOY=str(out / "toy"),
+        SEED=str(options.seed),
+        STEPS=str(options.steps),
+        DEVICES=str(options.tp),
+        VERL_FILE_LOGGER_PATH=str(out / "metrics.jsonl"),
+    )
+    screen = Progress(console())
+    screen.line(f"GRPO on a toy Qwen1.5-MoE, rollout={options.rollout}, {options.steps} steps; log: {log}")
+    make = [sys.executable, str(HERE / "make_tiny.py"), str(out / "toy"), "--seed", str(options.seed)]
     try:
-        screen.phase("making the model and the data", 0.0)
-        made = subprocess.run(
-            [sys.executable, str(HERE / "make_tiny.py"), str(out / "toy"), "--seed", str(options.seed)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        screen.close()
-        if made.returncode != 0:
-            print("\n".join(log_tail(made.stdout)), file=sys.stderr)
-            print(f"demo: the toy model could not be made: {last_error(made.stdout) or 'see above'}", file=sys.stderr)
+        screen.phase("making the model and the data")
+        made = run(make, options, screen)
+        if not made.well:
+            said = log.read_text(encoding="utf-8", errors="replace")
+            print("\n".join(log_tail(said)), file=sys.stderr)
+            why = f"it did not end within {options.timeout:g} s" if made.timed_out else last_error(said) or "see above"
+            print(f"demo: the toy model could not be made: {why}", file=sys.stderr)
             return 1
-        screen.line(f"           made in {time.monotonic() - started:.1f} s")
-        outcome = train(options, out, family, screen)
-    except Interrupted as interruption:
-        screen.close()
-        with _deaf():
-            family.end(None, patience=0)
-        print(f"demo: stopped by {interruption}; everything that it had started was ended", file=sys.stderr)
+        screen.line(f"           made in {screen.seconds:.1f} s")
+        training = Training(options, screen)
+        ended = training.run()
+    except Stopped as stopped:
+        print(f"demo: stopped by {stopped}; everything that it had started was ended", file=sys.stderr)
         return 130
+    if ended.left and ended.well:
+        screen.line(f"           {ended.left} process(es) outlived the training by 3 s and were ended")
     steps = read_steps(_lines(out / "metrics.jsonl"))
     summary = summarise(
         steps,
         _events(out / "events.jsonl"),
-        seconds_total=time.monotonic() - started,
-        seconds_to_first_line=outcome.seconds_to_first_line,
+        seconds_total=screen.seconds,
+        seconds_to_first_line=training.seconds_to_first_line,
         versions=versions(),
-        phases=outcome.phases,
+        phases=training.phases,
     )
+    text = log.read_text(encoding="utf-8", errors="replace")
+    problem = (
+        verdict(summary, options.steps) if ended.well else unfinished(ended, len(steps), options, last_error(text))
+    )
+    summary |= {
+        "rollout": options.rollout,
+        "tensor_parallel": options.tp,
+        "date": time.strftime("%Y-%m-%d"),
+        "set_up_seconds": set_up_seconds(),
+        "problem": problem,
+    }
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for line in report(summary):
         screen.line(line)
@@ -655,20 +555,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             screen.line(f"                           {out / 'reward.png'}")
         except ImportError:
             screen.line("                           reward.png was not drawn: pip install matplotlib")
-    text = (out / "train.log").read_text(encoding="utf-8", errors="replace")
-    if outcome.exit_code is None:
-        problem: str | None = f"training did not end within {options.timeout:g} s ({len(steps)} steps done)"
-    elif outcome.exit_code != 0:
-        cause = last_error(text)
-        problem = f"training stopped with exit code {outcome.exit_code} after {len(steps)} of {options.steps} steps"
-        problem += f": {cause}" if cause else ""
-    else:
-        problem = verdict(summary, options.steps)
     if problem is None:
         screen.line(f"\nThe reward rose from {summary['reward_first']:.3f} to {summary['reward_last']:.3f}: success.")
         return 0
     print("\n" + "\n".join(f"    {line}" for line in log_tail(text)), file=sys.stderr)
-    print(f"\ndemo: {problem}; the whole log is {out / 'train.log'}", file=sys.stderr)
+    print(f"\ndemo: {problem}; the whole log is {log}", file=sys.stderr)
     return 1
 
 

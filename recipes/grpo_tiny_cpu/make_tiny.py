@@ -21,9 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from verl_ascend_rollout import toy_checkpoint
-from verl_ascend_rollout.toy_checkpoint import SPECIAL as SPECIAL
-from verl_ascend_rollout.toy_model import Geometry
+from verl_ascend_rollout.tools import toy_checkpoint
+from verl_ascend_rollout.tools.toy_checkpoint import SPECIAL as SPECIAL
+from verl_ascend_rollout.tools.toy_model import Geometry
 
 DATA_SOURCE = "tiny_digits"
 RESPONSE_LENGTH = 16

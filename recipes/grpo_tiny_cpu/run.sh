@@ -5,9 +5,17 @@
 # Except --no-import-fix: where a folder named `vllm` or `verl` hides the real one, leave it so.
 set -euo pipefail
 
-words=()
+# hydra's own options (`--cfg job`) have to stand together before the settings, wherever they were written.
+words=() flags=()
 for word in "$@"; do
-    if [[ "$word" == --no-import-fix ]]; then export ASCEND_SAFE_IMPORT_FIX=0; else words+=("$word"); fi
+    if [[ "$word" == --no-import-fix ]]; then
+        export ASCEND_SAFE_IMPORT_FIX=0
+    elif [[ "$word" == -* || (${#flags[@]} -gt 0 && "$last" == -* && "$word" != *=*) ]]; then
+        flags+=("$word")
+    else
+        words+=("$word")
+    fi
+    last="$word"
 done
 set -- ${words[@]+"${words[@]}"}
 
@@ -17,6 +25,7 @@ OUT="${OUT:-outputs/grpo_tiny_cpu}" # what the run writes
 TOY="${TOY:-$OUT/toy}"              # where the model and the data are; made when missing
 SEED="${SEED:-0}"
 STEPS="${STEPS:-12}"
+DEVICES="${DEVICES:-1}" # of the trainer; the engine is tensor parallel over all of them
 
 # verl takes a machine without an accelerator for a GPU cluster's head node unless it is told.
 # The same toy runs on `cuda` or `npu`.
@@ -35,10 +44,35 @@ first="$("$PYTHON" -m verl_ascend_rollout.import_fix)"
 eval "$first"
 [[ -f "$TOY/model/config.json" ]] || "$PYTHON" "$HERE/make_tiny.py" "$TOY" --seed "$SEED"
 TOY="$(cd "$TOY" && pwd)"
+# Also in the job's environment below: what writes it may run on another node, which has not this shell's.
 export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
 
+# What is not in every release: hydra refuses a key that verl's configuration does not have.
+folder_of() {
+    "$PYTHON" -c "from importlib.util import find_spec; print(*find_spec('$1').submodule_search_locations)"
+}
+CONFIG="$(folder_of verl)/trainer/config"
+known=()
+if grep -qs '^seed:' "$CONFIG/rollout/rollout.yaml"; then
+    known+=(actor_rollout_ref.rollout.seed="$SEED")
+fi
+if grep -qs '^  v1:' "$CONFIG/ppo_trainer.yaml"; then
+    known+=("trainer.v1.sampler.custom_sampler.path='$HERE/sampler.py'"
+        trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer)
+fi
+# A CPU engine that does not look at kv_cache_memory_bytes takes half of the machine, unless this says how many GiB.
+if ! grep -qs kv_cache_memory_bytes "$(folder_of vllm)/v1/worker/cpu_worker.py"; then
+    known+=("++ray_kwargs.ray_init.runtime_env.env_vars.VLLM_CPU_KVCACHE_SPACE='1'")
+fi
+# vllm-ascend before 0.23 does not look at it either, and takes its share of the whole device.  In blocks it is heard: of
+# 128 tokens on an NPU, which are 64 KiB of this model.
+if [[ "$VERL_PLATFORM" == npu ]] &&
+    ! grep -qs cache_config.kv_cache_memory_bytes "$(folder_of vllm_ascend)"/worker/worker*.py; then
+    known+=(++actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=4096)
+fi
+
 # 8 prompts x 8 samples a step, two optimizer updates.  The toy learns at a rate that a real model would not survive.
-exec "$PYTHON" -m verl.trainer.main_ppo --config-name=ascend_safe \
+exec "$PYTHON" -m verl.trainer.main_ppo --config-name=ascend_safe ${flags[@]+"${flags[@]}"} \
     rollout=ascend_safe \
     "hydra.run.dir='$OUT/hydra'" \
     algorithm.adv_estimator=grpo \
@@ -54,30 +88,28 @@ exec "$PYTHON" -m verl.trainer.main_ppo --config-name=ascend_safe \
     actor_rollout_ref.actor.strategy=fsdp2 \
     actor_rollout_ref.actor.optim.lr=3e-3 \
     actor_rollout_ref.actor.ppo_mini_batch_size=4 \
-    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=32 \
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=$((32 / DEVICES)) \
     actor_rollout_ref.actor.use_kl_loss=False \
     actor_rollout_ref.rollout.n=8 \
-    actor_rollout_ref.rollout.seed="$SEED" \
-    actor_rollout_ref.rollout.tensor_model_parallel_size=1 \
+    actor_rollout_ref.rollout.tensor_model_parallel_size="$DEVICES" \
     actor_rollout_ref.rollout.max_model_len=128 \
     actor_rollout_ref.rollout.max_num_seqs=64 \
     actor_rollout_ref.rollout.max_num_batched_tokens=1024 \
     actor_rollout_ref.rollout.calculate_log_probs=True \
-    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64 \
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=$((64 / DEVICES)) \
     actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16 \
     actor_rollout_ref.rollout.agent.num_workers=1 \
     ++actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes=268435456 \
     "++actor_rollout_ref.rollout.engine_kwargs.ascend_safe.events='$OUT/events.jsonl'" \
+    "++ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH='$VERL_FILE_LOGGER_PATH'" \
     reward.num_workers=1 \
     "reward.custom_reward_function.path='$HERE/reward.py'" \
     reward.custom_reward_function.name=compute_score \
-    transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
-    "trainer.v1.sampler.custom_sampler.path='$HERE/sampler.py'" \
-    trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer \
+    ++transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
     ++ray_kwargs.ray_init.num_cpus=8 \
     ++ray_kwargs.ray_init.include_dashboard=False \
     trainer.nnodes=1 \
-    trainer.n_gpus_per_node=1 \
+    trainer.n_gpus_per_node="$DEVICES" \
     trainer.total_epochs=1 \
     trainer.total_training_steps="$STEPS" \
     trainer.val_before_train=False \
@@ -87,4 +119,5 @@ exec "$PYTHON" -m verl.trainer.main_ppo --config-name=ascend_safe \
     "trainer.logger=[console,file]" \
     trainer.project_name=verl_ascend_rollout \
     trainer.experiment_name=grpo_tiny_cpu \
+    ${known[@]+"${known[@]}"} \
     "$@"
