@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from fresh_process import FreshProcesses
 
 ROOT = Path(__file__).resolve().parent.parent
+
+if importlib.util.find_spec("hypothesis") is not None:  # not in the emulator's environment
+    import hypothesis
+
+    # How long an example takes says how busy the machine is, and what the first of them had to import.
+    hypothesis.settings.register_profile("busy", deadline=None)
+    hypothesis.settings.load_profile("busy")
 
 # Before anything imports verl: the suites run on a machine without an accelerator.
 os.environ.setdefault("VERL_PLATFORM", "cpu")
@@ -27,6 +38,26 @@ def load_recipe() -> Callable[[str], ModuleType]:
     return _load_recipe
 
 
+@pytest.fixture(scope="session")
+def verl_wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The unpacked wheel of a verl release, for the front of `sys.path`; skips where no index has it."""
+    from verl_ascend_rollout.tools.doctor import wheels
+
+    @functools.cache
+    def unpacked(version: str) -> str:
+        try:
+            opened = wheels.get({"verl": version}, wheels.cache_folder(), say=False)
+        except wheels.WheelError as error:
+            pytest.skip(f"verl {version} cannot be had to test with: {error}")
+        opened.close()
+        folder = tmp_path_factory.mktemp(f"verl-{version}")
+        with zipfile.ZipFile(opened.wheels[0].path) as archive:
+            archive.extractall(folder)
+        return str(folder)
+
+    return unpacked
+
+
 def _load_recipe(name: str) -> ModuleType:
     path = ROOT / "recipes" / "grpo_tiny_cpu" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", path)
@@ -34,6 +65,14 @@ def _load_recipe(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fresh_process() -> Iterator[FreshProcesses]:
+    """Call a function in a process of its own, without the ten seconds that `import verl` takes: see the class."""
+    processes = FreshProcesses()
+    yield processes
+    processes.close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,8 +84,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# With several workers (pytest-xdist, `-n`) a file's tests stay together, and so do those of tests/engine, which share
-# an engine.  What takes longest begins.
+# With several workers (pytest-xdist, `-n`) a file's tests stay together, and so do those that share what takes seconds
+# to start: the engine of tests/engine, and what TOGETHER says.  What takes longest begins.
+
+TOGETHER = {
+    "the server of fresh processes": ("test_cpu_platform", "test_plugin"),
+    "the processes that send and receive": ("test_transport", "test_transport_faults"),
+    "matplotlib": ("test_bench", "test_bench_kv", "test_compare", "test_timeline"),
+    "vLLM and transformers": (
+        *("test_expert_parts", "test_tied", "test_toy_checkpoint"),
+        *("test_weight_account", "test_weight_layouts", "test_weight_replay"),
+    ),
+}
+"""What files of tests/unit and tests/process share."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -56,8 +106,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadFileScheduling):
         # Not `--dist loadgroup`, which does nothing with pytest 9.2 (xdist 3.8 renames tests in a way of its own).
         def _split_scope(self, nodeid: str) -> str:
-            folder = "tests/engine/"
-            return folder if nodeid.startswith(folder) else str(super()._split_scope(nodeid))
+            file = str(super()._split_scope(nodeid))
+            if file.startswith("tests/engine/"):
+                return "tests/engine/"
+            if file == "tests/process/test_doctor.py":
+                # A process for each test, and nothing shared: more than half of what one worker has to do.
+                return f"{file} {zlib.crc32(nodeid.encode()) % 4}"
+            return next((shared for shared, stems in TOGETHER.items() if Path(file).stem in stems), file)
 
     return Scheduling(config, log)
 
@@ -79,7 +134,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter is not None else []
-    if any(not re.search("accelerator|this stack", _reason(report)) for report in skipped):
+    if any(not re.search("accelerator|this stack|only root", _reason(report)) for report in skipped):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -54,13 +54,22 @@ class Server:
         asyncio.run(asyncio.wait_for(self.adapter.update_weights(iter(tensors), global_steps=1), timeout))
 
 
-def start_server(checkpoint: Path, events_file: Path, engine: Mapping[str, Any], **config: Any) -> Server:
+def start_server(
+    checkpoint: Path,
+    events_file: Path,
+    engine: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+    replica: int = 0,
+    **config: Any,
+) -> Server:
     """Start the server actor in the Ray cluster that is there.
 
     Args:
         checkpoint: its weights are not loaded: the first sync brings them.
         events_file: where the events go.
         engine: `engine_kwargs.vllm`.
+        options: of ours, beside those that every test has.
+        replica: its rank; another server may be rank 0.
         config: fields of verl's RolloutConfig.
     """
     import ray
@@ -80,24 +89,27 @@ def start_server(checkpoint: Path, events_file: Path, engine: Mapping[str, Any],
         calculate_log_probs=True,
         # Small, so that a sync takes several buckets.
         checkpoint_engine=CheckpointEngineConfig(update_weights_bucket_megabytes=1),
-        engine_kwargs={"vllm": dict(engine), "ascend_safe": {"verify": "always", "events": str(events_file)}},
+        engine_kwargs={
+            "vllm": dict(engine),
+            "ascend_safe": {"verify": "always", "events": str(events_file), **(options or {})},
+        },
         **config,
     )
     model = HFModelConfig(path=str(checkpoint))
-    replica = get_rollout_replica_class("ascend_safe")(0, rollout, model, gpus_per_node=1)
-    actor = replica.server_class.options(name="ascend_safe_server_0_0", max_concurrency=200, num_cpus=0).remote(
+    made = get_rollout_replica_class("ascend_safe")(replica, rollout, model, gpus_per_node=1)
+    actor = made.server_class.options(name=f"ascend_safe_server_{replica}_0", max_concurrency=200, num_cpus=0).remote(
         config=rollout,
         model_config=model,
         rollout_mode=RolloutMode.HYBRID,
         workers=[],
-        replica_rank=0,
+        replica_rank=replica,
         node_rank=0,
         gpus_per_node=1,
         nnodes=1,
         cuda_visible_devices="0",
     )
     ray.get(actor.launch_server.remote(), timeout=300)
-    os.environ.update(RANK="0", RAY_LOCAL_WORLD_SIZE="1", WORLD_SIZE="1")
+    os.environ.update(RANK=str(replica), RAY_LOCAL_WORLD_SIZE="1", WORLD_SIZE=str(replica + 1))
     adapter = get_rollout_class("ascend_safe")(config=rollout, model_config=model, device_mesh=None)
     return Server(actor, adapter)
 

@@ -25,17 +25,17 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from verl_ascend_rollout.options import AscendSafeOptions
-from verl_ascend_rollout.platforms.detect import detect
+from verl_ascend_rollout.integration import cluster, composition, rollout_choice
+from verl_ascend_rollout.integration.cluster import Node
+from verl_ascend_rollout.options import OLD_OPTIONS, AscendSafeOptions
+from verl_ascend_rollout.platforms.detect import detect, planned
 
-OPTIONS = [field.name for field in dataclasses.fields(AscendSafeOptions)]
+OPTIONS = [*(field.name for field in dataclasses.fields(AscendSafeOptions)), *OLD_OPTIONS]
 VERLS_PRIMARIES = ["ppo_trainer", "ppo_megatron_trainer"]
 LONG = "rollout@actor_rollout_ref.rollout"
 FORMS = [
-    *((primary, form) for primary in VERLS_PRIMARIES for form in ("rollout", LONG, "+rollout")),
+    *((primary, form) for primary in [*VERLS_PRIMARIES, "ascend_safe"] for form in ("rollout", LONG, "+rollout")),
     ("ppo_trainer.yaml", "rollout"),
-    # `+rollout` is refused here: test_a_second_rollout_is_refused
-    *(("ascend_safe", form) for form in ("rollout", LONG)),
 ]
 """Each primary config with each way to choose an option of the group, as `<form>=<option>`."""
 
@@ -50,6 +50,8 @@ def verl_folder() -> Path:
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No hydra left from another test, and a platform that does not depend on the machine."""
     monkeypatch.setenv("VERL_PLATFORM", "cpu")
+    # The engine's tests may have left Ray running in this process, as in a job that has joined its cluster.
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(is_initialized=lambda: False))
     GlobalHydra.instance().clear()
     yield
     GlobalHydra.instance().clear()
@@ -110,26 +112,6 @@ def test_every_form_really_changes_the_rollout(primary: str, form: str) -> None:
     assert rollout["engine_kwargs"]["ascend_safe"] == dict.fromkeys(OPTIONS)
 
 
-@pytest.mark.parametrize("primary", VERLS_PRIMARIES)
-@pytest.mark.parametrize("override", ["rollout=ascend_safe", f"{LONG}=ascend_safe", "+rollout=ascend_safe"])
-def test_the_option_changes_nothing_else(primary: str, override: str) -> None:
-    stock, ours = compose(primary), compose(primary, override)
-    changed = rollout_of(ours)
-    changed["name"] = rollout_of(stock)["name"]
-    changed["enforce_eager"] = rollout_of(stock)["enforce_eager"]
-    del changed["engine_kwargs"]["ascend_safe"]
-    assert ours == stock
-
-
-@pytest.mark.parametrize("primary", VERLS_PRIMARIES)
-def test_the_name_alone(primary: str) -> None:
-    ours = compose(primary, "actor_rollout_ref.rollout.name=ascend_safe")
-    assert rollout_of(ours).pop("name") == "ascend_safe"
-    stock = compose(primary)
-    assert rollout_of(stock).pop("name") == "???"
-    assert ours == stock
-
-
 def test_the_real_entry_point() -> None:
     """Slow (it imports verl), so only for the form that needs all of the plug-in."""
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "rollout=ascend_safe", "--cfg", "job"]
@@ -161,20 +143,11 @@ def test_the_default_config_is_byte_for_byte_verls(primary: str, request: pytest
 
 
 @pytest.mark.parametrize("primary", VERLS_PRIMARIES)
-@pytest.mark.parametrize("override", ["rollout=vllm", f"{LONG}=vllm", "+rollout=vllm"])
-def test_vllm_is_stock(primary: str, override: str) -> None:
-    config, stock = compose(primary, override), compose(primary)
-    assert rollout_of(config).pop("name") == "vllm"
-    assert rollout_of(stock).pop("name") == "???"
-    assert config == stock
-
-
-@pytest.mark.parametrize("primary", VERLS_PRIMARIES)
 def test_verls_own_option_in_the_short_form_is_stock(primary: str) -> None:
     assert compose(primary, "rollout=rollout") == compose(primary)
 
 
-@pytest.mark.parametrize("override", ["rollout=vllm", f"{LONG}=vllm"])
+@pytest.mark.parametrize("override", ["rollout=vllm", f"{LONG}=vllm", "+rollout=vllm"])
 def test_an_a_b_on_our_primary_config_differs_in_nothing_but_the_rollout(override: str) -> None:
     ours, stock = compose("ascend_safe", "rollout=ascend_safe"), compose("ascend_safe", override)
     assert rollout_of(stock).pop("name") == "vllm"
@@ -215,6 +188,14 @@ def test_the_user_has_the_last_word(primary: str, order: int) -> None:
     assert config["trainer"]["n_gpus_per_node"] == 2
 
 
+@pytest.mark.parametrize("setting", ["kv_rung=direct", "kv_release=direct", "kv_release=reallocate"])
+def test_old_names_and_values_of_our_options_compose(setting: str) -> None:
+    config = compose(
+        "ppo_trainer", "rollout=ascend_safe", f"actor_rollout_ref.rollout.engine_kwargs.ascend_safe.{setting}"
+    )
+    assert AscendSafeOptions.from_rollout(rollout_of(config)).kv_release == "reallocate"
+
+
 @pytest.mark.parametrize(("primary", "form"), FORMS)
 def test_an_unknown_rollout_lists_the_options(primary: str, form: str) -> None:
     with pytest.raises(ConfigCompositionException) as error:
@@ -223,13 +204,6 @@ def test_an_unknown_rollout_lists_the_options(primary: str, form: str) -> None:
     assert "Could not find 'rollout/nonsense'" in message
     listed = message.partition("Available options in 'rollout':")[2].partition("Config search path")[0].split()
     assert listed == ["ascend_safe", "rollout", "vllm"]
-
-
-@pytest.mark.parametrize("option", ["ascend_safe", "vllm"])
-def test_a_second_rollout_is_refused(option: str) -> None:
-    # `+` comes last: it would put verl's rollout defaults over what the platform needs.
-    with pytest.raises(ConfigCompositionException, match="Multiple values for rollout"):
-        compose("ascend_safe", f"+rollout={option}")
 
 
 def test_an_unknown_option_of_ours_is_refused_by_hydra() -> None:
@@ -289,17 +263,54 @@ def test_verl_platform_decides_auto(variable: str, platform: str, monkeypatch: p
     assert compose("ascend_safe") == by_name
 
 
-def test_the_machine_decides_auto(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_machine_decides_auto(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     monkeypatch.delenv("VERL_PLATFORM")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     found = detect().name
-    plugin_module()._warn_of_cpu.cache_clear()
+    composition.warn_of_cpu.cache_clear()
     # An import of vLLM in this process raises the root logger's level.
-    caplog.set_level(logging.WARNING, logger=plugin_module().logger.name)
+    caplog.set_level(logging.WARNING, logger=composition.logger.name)
     config = compose("ascend_safe")
     assert config["trainer"]["device"] == found
     assert config == compose("ascend_safe", f"platform={found}")
     # The head node of a cluster has no accelerator either: a CPU that nobody asked for is said, once.
     assert sum("takes the CPU" in record.getMessage() for record in caplog.records) == (found == "cpu")
+
+
+HEAD = Node("10.0.0.1", {"CPU": 16.0})
+ON_NPUS = Node("10.0.0.2", {"CPU": 64.0, "NPU": 8.0}, {"facts": {"name": "npu", "soc": "A3", "versions": {}}})
+ON_GPUS = Node("10.0.0.2", {"CPU": 64.0, "GPU": 8.0}, {"facts": {"name": "cuda", "soc": None, "versions": {}}})
+ON_SLOTS = Node("10.0.0.2", {"CPU": 64.0, "GPU": 8.0}, {"facts": {"name": "cpu", "soc": None, "versions": {}}})
+SILENT = Node("10.0.0.2", {"CPU": 64.0, "GPU": 8.0}, error="no answer within 45 s")
+
+
+@pytest.mark.parametrize(
+    ("node", "platform"), [(ON_NPUS, "npu"), (ON_GPUS, "cuda"), (ON_SLOTS, "cpu"), (SILENT, "cpu"), (None, "cpu")]
+)
+def test_on_a_head_node_without_an_accelerator_the_cluster_decides_auto(
+    node: Node | None, platform: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("VERL_PLATFORM")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("verl_ascend_rollout.platforms.detect.detect", lambda *_, **__: planned("cpu"))
+    rollout_choice.say.cache_clear()
+
+    def ask(joined: cluster.Joined) -> tuple[Node, ...]:
+        if node is None:
+            raise cluster.ClusterError(f"{joined.words} cannot be joined (no): see whether it is up")
+        return (HEAD, node)
+
+    monkeypatch.setattr(cluster, "ask", ask)
+    compose_once.cache_clear()
+    config = compose("ascend_safe", "actor_rollout_ref.rollout.n=5")
+    compose_once.cache_clear()
+    by_name = compose("ascend_safe", f"platform={platform}", "actor_rollout_ref.rollout.n=5")
+    assert config == by_name
+    said = f"platform=auto takes {platform}: no accelerator here, and the Ray cluster at 10.0.0.1:6379 says so"
+    assert (said in capsys.readouterr().err) == (node not in (SILENT, None))
 
 
 def test_a_bad_verl_platform_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -404,24 +415,6 @@ def test_another_application_keeps_its_fields(tmp_path: Path, monkeypatch: pytes
     assert config == {"platform": "mac", "rollout": "fast"}
 
 
-def test_an_entry_point_of_verls_with_its_own_folder_has_our_options(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As verl.experimental.fully_async_policy: its own folder, and verl's by hydra.searchpath."""
-    (tmp_path / "config").mkdir()
-    (tmp_path / "config" / "recipe.yaml").write_text(
-        f"hydra:\n  searchpath: ['file://{verl_folder()}/trainer/config']\ndefaults: [ppo_trainer, _self_]\n",
-        encoding="utf-8",
-    )
-    monkeypatch.setitem(sys.modules, "verl", types.ModuleType("verl"))
-    for override in (f"{LONG}=ascend_safe", "+rollout=ascend_safe"):
-        rollout = rollout_of(compose("recipe", override, entry_point=tmp_path / "recipe.py"))
-        assert rollout["name"] == "ascend_safe"
-        assert rollout["enforce_eager"] is None
-    with pytest.raises(ConfigCompositionException, match=f"Did you mean to override {LONG}"):
-        compose("recipe", "rollout=ascend_safe", entry_point=tmp_path / "recipe.py")
-
-
 def test_a_primary_config_of_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         f"defaults:\n  - ppo_trainer\n  - override {LONG}: ascend_safe\n  - _self_\n"
@@ -457,4 +450,4 @@ def test_our_entries_are_added_once() -> None:
     before = str(search_path)
     plugin_module().VerlAscendRolloutSearchPath().manipulate_search_path(search_path)
     assert str(search_path) == before
-    assert before.count("provider=verl-ascend-rollout") == 3
+    assert before.count("provider=verl-ascend-rollout") == 2

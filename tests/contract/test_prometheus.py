@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verl_ascend_rollout.server.step_metrics import PROMETHEUS_NAME, StepMetrics
+from verl_ascend_rollout.engine.metrics import PROMETHEUS_NAME, StepMetrics
 
 
 def test_vllms_metrics_endpoint_has_the_rollouts_steps() -> None:

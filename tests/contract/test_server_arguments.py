@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from verl_ascend_rollout.platforms.detect import planned
-from verl_ascend_rollout.policy import ModelFacts, Wishes, decide
+from verl_ascend_rollout.policy.engine_args import EngineRequest, ModelFacts, decide
 
 A2 = planned("npu", "A2", {"vllm": "0.18.0", "vllm-ascend": "0.18.0"})
 NEWER = planned("npu", "A2", {"vllm": "0.28.0", "vllm-ascend": "0.28.0rc1"})
@@ -46,11 +46,23 @@ MOE = ModelFacts(layers=24, experts=60)
     ],
 )
 def test_decisions_become_arguments(facts: Any, engine_kwargs: dict[str, Any], becomes: dict[str, Any]) -> None:
-    from verl_ascend_rollout.server.http_server import AscendSafeHttpServer
+    from verl_ascend_rollout.integration.server import AscendSafeHttpServer
 
     server = object.__new__(AscendSafeHttpServer)
     server.config = None
-    server._decisions = decide(facts, Wishes(model=MOE, engine_kwargs=engine_kwargs))
+    server._decisions = decide(facts, EngineRequest(model=MOE, engine_kwargs=engine_kwargs))
     arguments = dict(engine_kwargs)
     server._preprocess_engine_kwargs(arguments)
     assert arguments == becomes
+
+
+def test_a_toys_kv_cache_on_a_cpu_is_an_argument() -> None:
+    from verl_ascend_rollout.integration.server import AscendSafeHttpServer
+
+    server = object.__new__(AscendSafeHttpServer)
+    server.config = None
+    toy = ModelFacts(layers=2, experts=0, head_size=32, kv_bytes_per_token=1024, positions=512)
+    server._decisions = decide(planned("cpu", versions={"vllm": "0.28.0"}), EngineRequest(model=toy))
+    arguments: dict[str, Any] = {}
+    server._preprocess_engine_kwargs(arguments)
+    assert arguments["kv_cache_memory_bytes"] == 129 * 2**20

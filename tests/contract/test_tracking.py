@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from verl_ascend_rollout.server import tracking
+from verl_ascend_rollout.integration import tracking
+from verl_ascend_rollout.integration.patches.metrics import PATCHES
 
 
 class Server:
@@ -21,7 +24,22 @@ class Server:
 
 def answer(sleep: float, sync: float) -> dict[str, Any]:
     worker = {"kv_bytes": 1 << 30, "device_used": 3 << 30, "rss": 1, "pid": 7}
-    return {"seconds": {"sleep": sleep, "sync": sync}, "memory": [worker]}
+    return {"seconds": {"sleep": sleep, "sync": sync}, "memory": [worker], "restarts": 0, "routing": {}}
+
+
+def patch_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patch what verl's trainers call, and the copies that they have of it, until the end of the test."""
+    from verl.trainer.ppo import metric_utils, ray_trainer
+    from verl.trainer.ppo.v1 import trainer_base
+
+    original = inspect.unwrap(metric_utils.compute_timing_metrics)
+    for module in (metric_utils, ray_trainer, trainer_base):
+        monkeypatch.setattr(module, "compute_timing_metrics", original)
+    (patch,) = [patch for patch in PATCHES if patch.module == metric_utils.__name__]
+    patch.apply(metric_utils)
+
+
+BATCH = types.SimpleNamespace(batch={"responses": torch.zeros(1, 1), "attention_mask": torch.ones(1, 2)})
 
 
 def test_the_rollouts_numbers_are_in_what_verls_trainer_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,8 +48,7 @@ def test_the_rollouts_numbers_are_in_what_verls_trainer_logs(tmp_path: Path, mon
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
     monkeypatch.setattr(tracking, "_replicas", set())
-    original = vars(trainer_base.PPOTrainer)["_consume_sync_metrics"]
-    monkeypatch.setattr(trainer_base.PPOTrainer, "_consume_sync_metrics", original)  # put back after the test
+    patch_trainers(monkeypatch)
     first = types.SimpleNamespace(servers=[Server([answer(0.5, 0.25), answer(0.75, 0.25)])])
     second = types.SimpleNamespace(servers=[Server([answer(1.5, 0.125), answer(0.5, 0.5)])])
     replicas = [Hashable(first), Hashable(second)]
@@ -55,7 +72,9 @@ def test_the_rollouts_numbers_are_in_what_verls_trainer_logs(tmp_path: Path, mon
             metrics["actor/loss"] = 1.0
             return types.SimpleNamespace(keys=[], partition_id="train")
 
-        def _compute_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+        def _compute_metrics(self, batch: Any, metrics: dict[str, Any], timing_raw: Any, **kwargs: Any) -> None:
+            metrics.update(trainer_base.compute_timing_metrics(batch=BATCH, timing_raw={}))
+
         def _reissue_inflight_prompts(self) -> None: ...
         def _start_profiling(self) -> None: ...
         def _stop_profiling(self) -> None: ...
@@ -94,22 +113,19 @@ def test_the_rollouts_numbers_are_in_what_verls_trainer_logs(tmp_path: Path, mon
     assert logged[1]["data"]["timing_s/rollout_sync"] == 0.5
 
 
-def test_verls_own_numbers_are_kept_and_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    from verl.trainer.ppo.v1 import trainer_base
+def test_the_trainers_of_before_log_them_too_and_verls_own_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`RayPPOTrainer`: the only one of 0.7.1 and 0.8.0, and there with `trainer.use_v1=false` since."""
+    from verl.trainer.ppo import ray_trainer
 
     monkeypatch.setattr(tracking, "_replicas", set())
-    original = vars(trainer_base.PPOTrainer)["_consume_sync_metrics"]
-    monkeypatch.setattr(trainer_base.PPOTrainer, "_consume_sync_metrics", original)
+    patch_trainers(monkeypatch)
     monkeypatch.setattr("ray.get", lambda calls, timeout: calls)
     replica = Hashable(types.SimpleNamespace(servers=[Server([answer(0.5, 0.25)] * 2)]))
     tracking.follow(replica)
-    tracking.follow(replica)  # a second time wraps nothing
-    trainer = types.SimpleNamespace(_pending_sync_metrics={"timing_s/rollout_sync": 9.0, "sync/changed_ratio": 0.1})
-    logged = trainer_base.PPOTrainer._consume_sync_metrics(trainer)
+    tracking.follow(replica)
+    logged = ray_trainer.compute_timing_metrics(batch=BATCH, timing_raw={"rollout_sync": 9.0})
     assert logged["timing_s/rollout_sync"] == 9.0
-    assert logged["sync/changed_ratio"] == 0.1
     assert logged["timing_s/rollout_sleep"] == 0.5
-    assert trainer._pending_sync_metrics == {}
 
 
 class Hashable:

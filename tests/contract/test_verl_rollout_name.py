@@ -26,7 +26,10 @@ from typing import Any
 
 import pytest
 
-from verl_ascend_rollout import ROLLOUT_NAME, compat
+from verl_ascend_rollout import PATCHED, ROLLOUT_NAME
+from verl_ascend_rollout.integration import patches
+from verl_ascend_rollout.integration.patch import Patch, problems
+from verl_ascend_rollout.integration.patches import names
 
 BOTH = pytest.mark.parametrize("name", ["vllm", ROLLOUT_NAME])
 
@@ -42,7 +45,7 @@ class Place:
         file, function: where, relative to the package `verl`; the function is empty for a module's own body.
         times: how often.
         handled: what happens there for `ascend_safe`.
-        patch: `module:attribute` of the patch in `compat.PATCHES` that handles it, if one does.
+        patch: `module:attribute` of the patch in `names.PATCHES` that handles it, if one does.
     """
 
     file: str
@@ -333,10 +336,10 @@ def test_the_search_finds_what_it_is_for() -> None:
     assert +search.name_reads == {here: 6}
 
 
-def test_every_patch_belongs_to_a_comparison() -> None:
+def test_every_patch_that_is_required_belongs_to_a_comparison() -> None:
     named = {place.patch for place in COMPARISONS}
     assert None not in named
-    assert named == {f"{patch.module}:{patch.attribute}" for patch in compat.PATCHES}
+    assert named == {f"{patch.module}:{patch.attribute}" for patch in names.PATCHES}
 
 
 # ------------------------------------------------------------------------------------------------------ the behaviour
@@ -352,7 +355,7 @@ def outcome(function: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def installed() -> None:
-    compat.install()
+    patches.install()
 
 
 @pytest.fixture(scope="module")
@@ -380,26 +383,25 @@ def job_config() -> Callable[..., Any]:
 def preflight(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The configs that our own pre-flight check was given; the check itself is tested elsewhere."""
     checked: list[Any] = []
-    module = types.ModuleType("verl_ascend_rollout.checks.preflight")
+    module = types.ModuleType("verl_ascend_rollout.integration.preflight")
     module.check_driver_config = checked.append  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return checked
 
 
 def test_every_patch_fits_this_verl_and_is_applied_once() -> None:
-    def current(patch: compat.Patch) -> Any:
+    def current(patch: Patch) -> Any:
         value: Any = importlib.import_module(patch.module)
         for part in patch.attribute.split("."):
             value = getattr(value, part)
         return value
 
-    before = {patch: current(patch) for patch in compat.PATCHES}
-    compat.install()
+    before = {patch: current(patch) for patch in names.PATCHES}
+    patches.install()
     for patch, function in before.items():
-        assert getattr(function, compat.MARK), patch
-        assert not hasattr(function.__wrapped__, compat.MARK), patch
+        assert getattr(function, PATCHED).count(patch.name) == 1, patch
         assert current(patch) is function, patch
-    assert compat.problems() == ()
+    assert problems() == ()
 
 
 @pytest.mark.parametrize(
@@ -410,11 +412,12 @@ def test_every_patch_fits_this_verl_and_is_applied_once() -> None:
         "verl.workers.rollout.llm_server:get_rollout_replica_class",
         "verl.experimental.reward_loop.reward_model:get_rollout_replica_class",
         "verl.experimental.teacher_loop.teacher_model:get_rollout_replica_class",
+        "verl.workers.engine.fsdp.transformer_impl:unfuse_moe_params",
     ],
 )
 def test_who_imports_a_patched_function_by_name_gets_the_patched_one(importer: str) -> None:
     module, name = importer.split(":")
-    assert getattr(getattr(importlib.import_module(module), name), compat.MARK, False)
+    assert getattr(getattr(importlib.import_module(module), name), PATCHED, False)
 
 
 # --- RolloutConfig
@@ -683,7 +686,7 @@ def one_process_job(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., N
     """The environment that verl gives a worker, and the one question to Ray that its constructors ask."""
     import ray
 
-    context = types.SimpleNamespace(get_job_id=lambda: "job")
+    context = types.SimpleNamespace(get_job_id=lambda: "job", get_node_id=lambda: "node")
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
 
     def rank(rank: int = 0, world_size: int = 1, local_world_size: int | None = None) -> None:
@@ -741,7 +744,8 @@ def test_the_prefill_decode_replica_is_ours() -> None:
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMReplica
     from verl.workers.rollout.vllm_rollout.vllm_pd_replica import vLLMPDReplica
 
-    from verl_ascend_rollout.server.replica import AscendSafePDReplica, AscendSafeReplica
+    from verl_ascend_rollout.integration.pd_replica import AscendSafePDReplica
+    from verl_ascend_rollout.integration.replica import AscendSafeReplica
 
     assert get_rollout_replica_class(ROLLOUT_NAME) is AscendSafeReplica
     assert get_rollout_replica_class(ROLLOUT_NAME, disaggregation_enabled=True) is AscendSafePDReplica
@@ -755,7 +759,7 @@ def test_the_prefill_decode_replica_is_ours() -> None:
 def test_engine_kwargs_for_vllm_stay_valid() -> None:
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
-    from verl_ascend_rollout.server.http_server import AscendSafeHttpServer
+    from verl_ascend_rollout.integration.server import AscendSafeHttpServer
 
     assert issubclass(AscendSafeHttpServer, vLLMHttpServer)
     assert AscendSafeHttpServer._get_engine_kwargs_key is vLLMHttpServer._get_engine_kwargs_key
@@ -797,7 +801,7 @@ def asked_names(config: Any, ranks: int, per_node: int, rank: Callable[..., None
     """The Ray actor names that the adapters of `ranks` trainer processes look for."""
     import ray
 
-    from verl_ascend_rollout.trainer.adapter import AscendSafeServerAdapter
+    from verl_ascend_rollout.integration.adapter import AscendSafeServerAdapter
 
     names: list[str] = []
 
@@ -817,14 +821,14 @@ def replica_of() -> Callable[..., Any]:
     from verl.workers.config import RolloutConfig
 
     def make(kind: str, rank: int = 0, **options: Any) -> Any:
-        from verl_ascend_rollout.server import replica
+        from verl_ascend_rollout.integration import pd_replica
 
         flags = {
             key: options.pop(key) for key in ("is_reward_model", "is_teacher_model", "name_suffix") if key in options
         }
         per_node = options.pop("gpus_per_node", 8)
         config = RolloutConfig(name=ROLLOUT_NAME, tensor_model_parallel_size=options.pop("tp", 1), **options)
-        return getattr(replica, kind)(rank, config, "model config", gpus_per_node=per_node, **flags)
+        return getattr(pd_replica, kind)(rank, config, "model config", gpus_per_node=per_node, **flags)
 
     return make
 

@@ -1,4 +1,4 @@
-"""The installed vLLM has what the KV-cache ladder and the calls to its workers rely on.
+"""The installed vLLM has what freeing the KV cache and the calls to its workers rely on.
 
 No engine is started: vLLM's own classes and functions, on tensors that are made here.
 """
@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from verl_ascend_rollout import answers
-from verl_ascend_rollout.worker import kv_aliases, kv_cache
+from verl_ascend_rollout.worker import kv_cache, kv_references, worker_rpc
 
 BLOCKS, HEADS, HEAD_SIZE, BLOCK_SIZE, LAYERS = 8, 2, 32, 32, 2
 
@@ -61,11 +60,11 @@ def test_an_error_as_a_value_leaves_nothing_behind() -> None:
         raise ValueError("boom")
 
     it = executor(
-        [(good, answers.answer(boom, "first")), (good, "second 0")],
-        [(good, answers.answer(lambda: "first 1", "first")), (good, "second 1")],
+        [(good, worker_rpc.capture(boom, "first")), (good, "second 0")],
+        [(good, worker_rpc.capture(lambda: "first 1", "first")), (good, "second 1")],
     )
-    with pytest.raises(answers.WorkerError, match="worker 0: ValueError: boom"):
-        answers.values("first", it.collective_rpc("ascend_safe_answer", args=("first",)))
+    with pytest.raises(worker_rpc.WorkerError, match="worker 0: ValueError: boom"):
+        worker_rpc.unwrap("first", it.collective_rpc("ascend_safe_call", args=("first",)))
     assert it.collective_rpc("second") == ["second 0", "second 1"]
 
 
@@ -134,16 +133,16 @@ def test_direct_on_the_v2_model_runner() -> None:
     runner = v2_runner(layers)
     it = SimpleNamespace(model_runner=runner, vllm_config=runner.vllm_config, device=torch.device("cpu"))
     assert not hasattr(runner, "initialize_kv_cache_tensors"), "the V2 runner makes its KV cache in a function"
-    assert kv_cache.probe(it).rung == "direct"
-    made = kv_cache.init(it, "direct")
+    assert kv_cache.probe(it).method == "reallocate"
+    made = kv_cache.init(it, "reallocate")
     wanted = LAYERS * BLOCKS * 2 * HEADS * BLOCK_SIZE * HEAD_SIZE * 2
     assert made.changed and made.bytes_after == wanted
     assert len(runner.kv_caches) == LAYERS
     shapes = [layer.kv_cache.shape for layer in layers.values()]
     for _ in range(2):
-        freed = kv_cache.free(it, "direct")
+        freed = kv_cache.free(it, "reallocate")
         assert (freed.bytes_before, freed.bytes_after) == (wanted, 0)
-        assert kv_cache.init(it, "direct").bytes_after == wanted
+        assert kv_cache.init(it, "reallocate").bytes_after == wanted
         assert [layer.kv_cache.shape for layer in layers.values()] == shapes
         assert {tensor.untyped_storage().data_ptr() for tensor in runner.kv_caches} == {
             layer.kv_cache.untyped_storage().data_ptr() for layer in layers.values()
@@ -158,7 +157,7 @@ def test_the_v2_model_runner_with_mamba_states_keeps_its_memory() -> None:
     runner.kv_cache_config.kv_cache_groups = [SimpleNamespace(kv_cache_spec=MambaSpec())]
     it = SimpleNamespace(model_runner=runner, vllm_config=runner.vllm_config, device=torch.device("cpu"))
     found = kv_cache.probe(it)
-    assert found.rung == "keep"
+    assert found.method == "keep"
     assert any("addresses of Mamba states" in sentence for sentence in found.obstacles)
 
 
@@ -177,8 +176,8 @@ def test_vllms_own_list_of_aliases_has_none_that_ours_lacks() -> None:
 
     source = inspect.getsource(GPUModelRunner._cleanup_profiling_kv_cache)
     set_there = {line.split("=")[0].strip() for line in source.splitlines() if " = None" in line}
-    known = {f"layer.impl.{alias}" for alias in kv_aliases.IMPLEMENTATION_ALIASES}
-    known |= {f"self.{alias}" for alias in kv_aliases.RUNNER_ALIASES}
+    known = {f"layer.impl.{alias}" for alias in kv_references.IMPLEMENTATION_ALIASES}
+    known |= {f"self.{alias}" for alias in kv_references.RUNNER_ALIASES}
     # Not of the tensors, but of a second `initialize_kv_cache`, which we do not call.
     known |= {"self.kv_caches[i]", "self.cross_layers_attn_backend", "self.cache_config.num_gpu_blocks"}
     assert set_there <= known
@@ -199,7 +198,7 @@ def test_the_kv_only_release_is_what_the_probe_asks_for() -> None:
     it = object.__new__(CPUWorker)
     it.device = torch.device("cpu")
     it.vllm_config = SimpleNamespace(model_config=SimpleNamespace(enable_sleep_mode=True))
-    (obstacle,) = kv_cache.probe(it, "release_kv_cache").obstacles
+    (obstacle,) = kv_cache.probe(it, "kv_only").obstacles
     assert ("CPU worker refuses" if has else "no `discard`") in obstacle
 
 

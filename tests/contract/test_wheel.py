@@ -101,9 +101,9 @@ def test_it_has_nothing_else(names: list[str]) -> None:
     assert {name for name in top if not name.endswith(".dist-info")} == {"verl_ascend_rollout", "hydra_plugins"}
     assert "hydra_plugins/__init__.py" not in names, "it would hide every other hydra plug-in of the installation"
     # In a folder with nothing else, which goes on the path of the processes that the import fix reaches.
-    start_up = [name for name in names if name.startswith("verl_ascend_rollout/start_up/")]
+    start_up = [name for name in names if name.startswith("verl_ascend_rollout/import_fix/start_up/")]
     files = ("__init__.py", "sitecustomize.py")
-    assert sorted(start_up) == [f"verl_ascend_rollout/start_up/{name}" for name in files]
+    assert sorted(start_up) == [f"verl_ascend_rollout/import_fix/start_up/{name}" for name in files]
     assert len(names) == len(set(names))
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
 

@@ -23,4 +23,4 @@ def _drop(module: Any) -> None:
     adapter.update_weights = update_weights
 
 
-wrapt.register_post_import_hook(_drop, "verl_ascend_rollout.trainer.adapter")
+wrapt.register_post_import_hook(_drop, "verl_ascend_rollout.integration.adapter")

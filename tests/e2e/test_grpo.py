@@ -47,10 +47,15 @@ def test_grpo_learns_through_the_synced_rollout(tmp_path: Path) -> None:
     assert all(summary["seconds_per_step"][part] > 0 for part in ("generate", "sync", "train"))
     assert (tmp_path / "run" / "reward.png").stat().st_size > 10_000
 
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    syncs = [event for event in events if (event["step"], event["process"]) == ("sync", "trainer")]
+    # Two tensors for the 60 experts of each of two layers, where a checkpoint's 391 have 180.
+    assert {event["detail"]["tensors"] for event in syncs} == {391 - 2 * 180 + 2 * 2}
+
     log = (tmp_path / "run" / "train.log").read_text()
     # One line a process says that the plug-in is there: the driver, Ray's workers and vLLM's worker process among them.
     assert log.count("verl_ascend_rollout") >= 5
-    assert "KV cache of" in log and "rung 'direct'" in log
+    assert "KV cache of" in log and "given back by 'reallocate'" in log
 
 
 def test_control_without_weight_syncs_the_correlation_falls(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def awake(server: Any) -> Any:
 def test_decisions_are_those_of_the_policy_and_say_why(server: Any) -> None:
     explained = server.call("explain")
     decisions = {decision["name"]: decision for decision in explained["decisions"]}
-    assert explained["rung"] == "direct"
+    assert explained["kv_release"] == "reallocate"
     # The user left it open, and verl's config asks for sleep mode, which vLLM refuses on a CPU.
     assert decisions["enforce_eager"]["value"] is True
     assert decisions["enable_sleep_mode"]["value"] is False
@@ -195,5 +195,5 @@ def test_each_step_left_an_event(server: Any, events_file: Any) -> None:
     assert freed and made
     assert freed[-1]["bytes_before"] == made[-1]["bytes_after"] > 0
     assert freed[-1]["bytes_after"] == made[-1]["bytes_before"] == 0
-    assert freed[-1]["detail"]["rung"] == "direct"
+    assert freed[-1]["detail"]["rung"] == "reallocate"
     assert 0 < freed[-1]["seconds"] < 60

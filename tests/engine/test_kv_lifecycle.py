@@ -153,7 +153,7 @@ def test_an_abort_is_an_event(server: Any, events_file: Path) -> None:
     aborted = [event for event in events.read(events_file) if event["step"] == "abort"][-1]
     assert aborted["process"] == "server"
     assert aborted["detail"] == {
-        "replica": 0, "requests": report["aborted_count"], "rung": "direct", "state": "awake",
+        "replica": 0, "requests": report["aborted_count"], "rung": "reallocate", "state": "awake",
     }  # fmt: skip
     assert report["aborted_count"] > 0 and 0 < aborted["seconds"] < SECONDS
 

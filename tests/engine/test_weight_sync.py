@@ -156,30 +156,26 @@ def test_weights_that_this_path_does_not_load_are_refused(server: Any, checkpoin
 
 
 @pytest.mark.parametrize(
-    ("use_shm", "workers", "on_a_node", "peft", "base_done", "own"),
+    ("use_shm", "peft", "base_done", "own"),
     [
-        (True, 4, 8, None, False, True),
-        (True, 4, 8, {"r": 8}, False, True),
+        (True, None, False, True),
+        (True, {"r": 8}, False, True),
         # Adapters alone go by verl's receiver.
-        (True, 4, 8, {"r": 8}, True, False),
+        (True, {"r": 8}, True, False),
         # Device memory is shared by verl's path.
-        (False, 4, 8, None, False, False),
-        # An engine on two nodes shares no memory.
-        (True, 16, 8, None, False, False),
+        (False, None, False, False),
     ],
 )
-def test_which_transport_is_taken(
-    use_shm: bool, workers: int, on_a_node: int, peft: Any, base_done: bool, own: bool
-) -> None:
-    from verl_ascend_rollout.trainer.weight_sender import has_own_transport
+def test_which_transport_is_taken(use_shm: bool, peft: Any, base_done: bool, own: bool) -> None:
+    from verl_ascend_rollout.integration.weight_sender import has_own_transport
 
-    assert has_own_transport(use_shm, workers, on_a_node, peft, base_done) is own
+    assert has_own_transport(use_shm, peft, base_done) is own
 
 
 def test_a_rank_that_does_not_call_the_engine_only_helps_to_make_the_weights(server: Any) -> None:
     """All ranks of a trainer gather each tensor together: one that stopped early would leave the others waiting."""
     adapter = copy.copy(server.adapter)
-    adapter._has_server = False
+    adapter._ensure_server_handle = lambda: False
     made = []
 
     async def weights() -> AsyncIterator[tuple[str, torch.Tensor]]:
@@ -194,17 +190,9 @@ def test_a_rank_that_does_not_call_the_engine_only_helps_to_make_the_weights(ser
 def test_nothing_is_left_of_a_sync(
     server: Any, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = []
-
-    def make_folder(base: str) -> tuple[str, int]:
-        made.append(original(base))
-        return made[-1]
-
-    original = rendezvous._make_locked_folder
-    monkeypatch.setattr(rendezvous, "_make_locked_folder", make_folder)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     server.sync(checkpoints[1].tensors())
-    assert [Path(folder).parent for folder, _ in made] == [tmp_path]
+    assert f"@{rendezvous.PREFIX}" not in Path("/proc/net/unix").read_text()
     assert list(tmp_path.iterdir()) == []
 
 

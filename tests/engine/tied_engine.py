@@ -47,7 +47,7 @@ def main(folder: Path, settings_file: Path, out: Path) -> None:
     extension = "verl_ascend_rollout.worker.lifecycle.AscendSafeLifecycle"
     engine = LLM(str(folder / "old"), worker_extension_cls=extension, **settings["engine"])
     engine.collective_rpc(
-        "ascend_safe_configure", kwargs={"kv_rung": "auto", "weight_path": "by_layout", "verify": "always"}
+        "ascend_safe_configure", kwargs={"kv_release": "auto", "weight_path": "by_layout", "verify": "always"}
     )
     core: Any = engine.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
     worker = core.model_executor.driver_worker.worker

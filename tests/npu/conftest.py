@@ -10,6 +10,9 @@ import pytest
 
 # tests/conftest.py says cpu, for the other suites.
 os.environ["VERL_PLATFORM"] = "npu"
+# A device of its own for each test process: another one's engine takes memory of a shared device between two looks at
+# it, and the stock sleep() asserts that nothing did.
+os.environ["FAKE_CANN_RUN"] = f"tests_npu_{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
 
 from toy_engine import EXTENSION, Checkpoint, Engine, make_checkpoint, make_llm
 
@@ -27,7 +30,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Checkpoint]:
 def engine(checkpoints: list[Checkpoint]) -> Iterator[Engine]:
     """The engine as the rollout configures it: sleep mode on, eager, weights loaded in place."""
     found = Engine(make_llm(checkpoints[0].path, worker_extension_cls=EXTENSION))
-    found.call("ascend_safe_configure", kv_rung="auto", weight_path="by_layout", verify="always")
+    found.call("ascend_safe_configure", kv_release="auto", weight_path="by_layout", verify="always")
     yield found
 
 

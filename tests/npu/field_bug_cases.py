@@ -12,8 +12,8 @@ import torch
 import torch_npu
 from toy_engine import EXTENSION, Checkpoint, Engine, make_checkpoint, make_llm, make_qwen3_checkpoint
 
-from verl_ascend_rollout import policy
 from verl_ascend_rollout.platforms import npu
+from verl_ascend_rollout.policy import engine_args
 
 FRACTAL_NZ = 29
 """aclFormat (CANN, acl_base.h)."""
@@ -75,14 +75,14 @@ def expandable_segments(folder: Path) -> dict[str, Any]:
 
 def ours(checkpoint: Checkpoint, **changes: Any) -> Engine:
     engine = Engine(make_llm(checkpoint.path, worker_extension_cls=EXTENSION, **changes))
-    engine.call("ascend_safe_configure", kv_rung="auto", weight_path="by_layout", verify="always")
+    engine.call("ascend_safe_configure", kv_release="auto", weight_path="by_layout", verify="always")
     return engine
 
 
 def refusal(environ: dict[str, str], additional_config: dict[str, Any] | None = None) -> str:
     """What the policy says to such an environment, and to such settings of vllm-ascend."""
-    wish = policy.Wishes(environ=environ, engine_kwargs={"additional_config": additional_config or {}})
-    return message_of(lambda: policy.decide(npu.describe(), wish))
+    request = engine_args.EngineRequest(environ=environ, engine_kwargs={"additional_config": additional_config or {}})
+    return message_of(lambda: engine_args.decide(npu.describe(), request))
 
 
 def message_of(action: Any) -> str:

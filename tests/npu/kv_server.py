@@ -61,7 +61,7 @@ def main() -> None:
             server.call(method, *arguments)
             orders.append((method, server.call("explain")["state"], expected))
         found = {
-            "rung": server.call("explain")["rung"],
+            "kv_release": server.call("explain")["kv_release"],
             "orders": orders,
             "same after orders": rollout_server.alone(server, TOKENS, SECONDS) == reference,
             "storms": {},

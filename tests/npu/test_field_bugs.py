@@ -53,7 +53,7 @@ def test_wake_up_transpose(
         layer = next(module for module in engine.model.modules() if hasattr(module, "w13_weight"))
         with pytest.raises(ValueError, match="columns against"):
             first_matmul(engine, layer.w13_weight.data)
-    settled = engine.call("ascend_safe_settle")
+    settled = engine.call("ascend_safe_restore_kernel_format")
     assert sorted(settled) == sorted(left)
     if left:
         assert first_matmul(engine, layer.w13_weight.data).shape[1] == layer.w13_weight.shape[2]

@@ -32,7 +32,7 @@ def test_cycles_change_no_answer_and_leave_no_device_memory_behind(engine: Engin
         used_free.append(engine.call("ascend_safe_memory")["device_used"])
         made = engine.call("init_cache_engine")
         used_made.append(engine.call("ascend_safe_memory")["device_used"])
-        assert (freed["rung"], freed["bytes_before"], freed["bytes_after"]) == ("sleep", held, 0)
+        assert (freed["kv_release"], freed["bytes_before"], freed["bytes_after"]) == ("sleep", held, 0)
         assert made["bytes_after"] == held
         free_seconds.append(freed["seconds"])
         init_seconds.append(made["seconds"])
@@ -51,34 +51,34 @@ def test_cycles_change_no_answer_and_leave_no_device_memory_behind(engine: Engin
 
 
 def test_the_kv_only_release_is_not_there_and_the_probe_says_so(engine: Engine) -> None:
-    """vllm-ascend up to 0.30 has no `discard` (vllm#44890): the ladder goes on to sleep."""
+    """vllm-ascend up to 0.30 has no `discard` (vllm#44890): sleep is taken instead."""
     assert not hasattr(engine.worker, "discard")
-    configured = engine.call("ascend_safe_configure", kv_rung="auto", weight_path="by_layout", verify="always")
-    assert configured["rung"] == "sleep"
+    configured = engine.call("ascend_safe_configure", kv_release="auto", weight_path="by_layout", verify="always")
+    assert configured["kv_release"] == "sleep"
     assert any("NPUWorker has no `discard`" in obstacle for obstacle in configured["obstacles"])
 
 
 def test_direct_lets_go_of_what_ascends_attention_keeps(engine: Engine, report: Any) -> None:
     """The trap: `impl.key_cache` is filled at the first forward pass and never looked at again."""
-    from verl_ascend_rollout.worker import kv_aliases, kv_cache
+    from verl_ascend_rollout.worker import kv_cache, kv_references
 
     runner = engine.worker.model_runner
     before = engine.answers()
-    layers = [layer for layer in kv_aliases.layers(runner).values() if hasattr(layer, "impl")]  # type: ignore[union-attr]
+    layers = [layer for layer in kv_references.layers(runner).values() if hasattr(layer, "impl")]  # type: ignore[union-attr]
     assert layers and all(layer.impl.key_cache is not None for layer in layers), "the trap is there"
-    assert kv_cache.probe(engine.worker, "direct").rung == "direct"
+    assert kv_cache.probe(engine.worker, "reallocate").method == "reallocate"
     held = kv_cache.kv_bytes(engine.worker)
     for _ in range(3):
         used = torch.npu.mem_get_info()[0]
-        freed = kv_cache.free(engine.worker, "direct")
+        freed = kv_cache.free(engine.worker, "reallocate")
         given_back = torch.npu.mem_get_info()[0] - used
         assert freed.bytes_after == 0
         assert all(layer.impl.key_cache is None for layer in layers)
-        made = kv_cache.init(engine.worker, "direct")
+        made = kv_cache.init(engine.worker, "reallocate")
         assert made.bytes_after == held
         engine.llm.reset_prefix_cache()
         assert engine.answers() == before
-    report(f"direct, KV cache {held >> 20} MiB in sleep mode's pool", f"{given_back >> 20} MiB given back")
+    report(f"reallocate, KV cache {held >> 20} MiB in sleep mode's pool", f"{given_back >> 20} MiB given back")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("verl") is None, reason="this stack has no verl: see stacks.toml")
@@ -106,7 +106,7 @@ def test_every_order_with_requests_in_flight(checkpoints: list[Checkpoint], tmp_
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["rung"] == "sleep"
+    assert found["kv_release"] == "sleep"
     assert [then for _, then, _ in found["orders"]] == [expected for _, _, expected in found["orders"]]
     assert found["same after orders"]
     for seed, ends in found["storms"].items():

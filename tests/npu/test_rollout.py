@@ -34,7 +34,7 @@ def test_kv_cache_is_freed_and_comes_back(engine: Engine, checkpoints: list[Chec
     held = engine.call("ascend_safe_memory")["kv_bytes"]
     free_before = torch.npu.mem_get_info()[0]
     freed = engine.call("free_cache_engine")
-    assert freed["rung"] == "sleep"
+    assert freed["kv_release"] == "sleep"
     assert freed["changed"]
     assert (freed["bytes_before"], freed["bytes_after"]) == (held, 0)
     given_back = torch.npu.mem_get_info()[0] - free_before
@@ -56,11 +56,11 @@ def test_each_sleep_level(
     before = engine.answers()
     engine.llm.sleep(level=level)
     engine.llm.wake_up(tags=["weights"])
-    engine.call("ascend_safe_settle")
+    engine.call("ascend_safe_restore_kernel_format")
     if level == 2:
         synced(checkpoints[0])  # level 2 discards the weights
     engine.llm.wake_up(tags=["kv_cache"])
-    engine.call("ascend_safe_settle")
+    engine.call("ascend_safe_restore_kernel_format")
     after = engine.answers()
     report(f"sleep {level} and wake-up", checkpoints[0].gap(after))
     assert after == before
@@ -76,7 +76,7 @@ def test_three_syncs_of_changing_weights(
         summary = synced(checkpoints[number])
         assert summary["tensors"] == len(checkpoints[number].tensors())
         engine.llm.wake_up(tags=["kv_cache"])
-        engine.call("ascend_safe_settle")
+        engine.call("ascend_safe_restore_kernel_format")
         gap = checkpoints[number].gap(engine.answers())
         report(f"sync {number}", gap)
         assert gap < TOLERANCE

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from verl_ascend_rollout.checks.smoke.measured import Smoke
-from verl_ascend_rollout.report import read
+from verl_ascend_rollout.tools.report import read
+from verl_ascend_rollout.tools.smoke.measured import Smoke
 
 pytestmark = pytest.mark.engine
 
@@ -17,7 +17,16 @@ SECONDS = 500
 
 
 def test_the_toy_passes_every_check_and_the_stand_in_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "verl_ascend_rollout.smoke", "--tiny", "--max-tokens", "16", "--repeats", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "verl_ascend_rollout.tools.smoke",
+        "--tiny",
+        "--max-tokens",
+        "16",
+        "--repeats",
+        "1",
+    ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path), "--timeout", str(SECONDS)],
         capture_output=True,

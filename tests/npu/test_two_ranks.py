@@ -41,10 +41,22 @@ def test_two_ranks_answer_as_one_does(
     assert difference < TOLERANCE
     assert found["after init"] == found["fresh"]
     assert [change["changed"] for change in found["free"] + found["init"]] == [True] * 4
+    # Bit for bit what an engine of the same kind answers that has loaded the checkpoint at its start.
+    other = in_a_process_of_its_own(f"{case}_fresh", folder, script="two_rank_cases.py")["fresh"]
+    assert found["sync 1"] == found["sync 3"] == other != found["fresh"] == found["sync 2"]
     for number, checkpoint in enumerate((checkpoints[1], checkpoints[0], checkpoints[1]), start=1):
         gap = checkpoint.gap(found[f"sync {number}"])
         report(f"{case}: sync {number} on two ranks", gap)
         assert gap < TOLERANCE
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(RELEASE < (0, 18), reason="this stack's vLLM takes no rank for a request")
+def test_data_parallel_ranks_answer_as_a_fresh_engine_does(folder: Path) -> None:
+    """Bit for bit, on both ranks, with the experts spread over them."""
+    found = in_a_process_of_its_own("data_parallel", folder, script="two_rank_cases.py")
+    fresh = in_a_process_of_its_own("data_parallel_fresh", folder, script="two_rank_cases.py")["fresh"]
+    assert found["sync 1"] == found["sync 3"] == fresh != found["fresh"] == found["sync 2"]
 
 
 def test_level_2_sleep_loses_the_dispatchers_expert_ids(folder: Path, report: Any) -> None:
@@ -52,12 +64,14 @@ def test_level_2_sleep_loses_the_dispatchers_expert_ids(folder: Path, report: An
 
     vllm-ascend registers it as a buffer from 0.28 on.  Our policy sleeps at level 1 in every release.
     """
-    from verl_ascend_rollout import policy
     from verl_ascend_rollout.platforms import npu
+    from verl_ascend_rollout.policy import engine_args
 
     found = in_a_process_of_its_own("sleep_level_2", folder, script="two_rank_cases.py")
     assert found["before"][0] is not None
     assert found["level 1"] == found["before"]
     assert (found["level 2"] != found["before"]) == (RELEASE < (0, 28))
-    assert policy.decide(npu.describe(), policy.Wishes(expert_parallel_size=2))["sleep_level"].value == 1
+    assert (
+        engine_args.decide(npu.describe(), engine_args.EngineRequest(expert_parallel_size=2))["sleep_level"].value == 1
+    )
     report("expert ids after level-2 sleep with EP", "kept" if found["level 2"] == found["before"] else "lost (stock)")

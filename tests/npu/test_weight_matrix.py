@@ -97,6 +97,7 @@ def test_the_matrix_has_every_cell(found: dict[str, Any], report: Any) -> None:
     for model in ("qwen2_moe", "qwen3_moe"):
         for shape in ("plain", "H == 2*I/tp", "I/tp == H", "I == H", "odd"):
             assert {f"{model} {shape} tp{tp} rank{rank}" for tp in (1, 2, 4) for rank in range(tp)} <= names
+        assert {f"{model} I/tp == 96 tp8 rank{rank}" for rank in range(8)} <= names
     squares = Counter(cell["square"] for cell in found["cells"].values())
     assert min(squares[which] for which in ("", "w13_weight", "w2_weight")) >= 14
     report("weight matrix, seconds", f"{found['seconds']:.0f}")
@@ -147,3 +148,13 @@ def test_level_2_sleep_loses_tensors_that_are_no_buffers(found: dict[str, Any], 
     lost = sorted({name.rpartition(".")[2] for name in found["sleep level 2"]["level 2"]})
     assert lost == LOST_IN_LEVEL_2[RELEASE]
     report("lost in a level-2 sleep with EP, after a sync", ", ".join(lost) or "nothing of the model")
+
+
+def test_vllms_own_bracket_is_right_from_024_on_and_silently_wrong_nowhere(found: dict[str, Any]) -> None:
+    """Not what `auto` takes here, but what a user may set (`weight_path: layerwise`)."""
+    for name, cell in found["layerwise"].items():
+        outcomes = [*cell["asleep"], *cell["awake"]]
+        if RELEASE in ("0.28", "0.30"):
+            assert not any(outcome["error"] for outcome in outcomes), f"{name}: {cell['obstacle']}, {outcomes[0]}"
+        accepted = [outcome for outcome in outcomes if not outcome["error"]]
+        assert not any(outcome["different"] or outcome["moved"] for outcome in accepted), f"{name}: {accepted}"

@@ -19,7 +19,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 # Under verl where the stack has it; the same without verl's transport elsewhere.
 EXTENSION = (
-    "verl_ascend_rollout.worker.extension.AscendSafeWorkerExtension"
+    "verl_ascend_rollout.integration.extension.AscendSafeWorkerExtension"
     if importlib.util.find_spec("verl")
     else "verl_ascend_rollout.worker.lifecycle.AscendSafeLifecycle"
 )
@@ -161,19 +161,21 @@ def randomise(model: Any) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.02)
 
 
+SETTINGS: Mapping[str, Any] = {
+    "dtype": "bfloat16",
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "skip_tokenizer_init": True,
+    "enable_prefix_caching": False,
+    "enable_sleep_mode": True,
+    "gpu_memory_utilization": 0.02,
+    "additional_config": {"weight_nz_mode": 0},
+}
+
+
 def make_llm(path: Path, **changes: Any) -> Any:
     """A vLLM engine on the first NPU."""
     from vllm import LLM
 
-    settings: dict[str, Any] = {
-        "dtype": "bfloat16",
-        "enforce_eager": True,
-        "max_model_len": 256,
-        "max_num_seqs": 8,
-        "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,
-        "enable_sleep_mode": True,
-        "gpu_memory_utilization": 0.02,
-        "additional_config": {"weight_nz_mode": 0},
-    }
-    return LLM(model=str(path), **{**settings, **changes})
+    return LLM(model=str(path), **{**SETTINGS, **changes})

@@ -5,9 +5,12 @@ FOLDER holds the checkpoints model0 and model1.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ os.environ.setdefault("FAKE_CANN_DEVICES", "2")
 # A function of ours is sent to the workers, to look at what no method shows.
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
-from toy_engine import EXTENSION, Checkpoint, Engine, make_llm
+from toy_engine import EXTENSION, MAX_TOKENS, PROMPTS, SETTINGS, Checkpoint, Engine, make_llm
 
 
 def tensor_parallel(folder: Path, expert_parallel: bool = False) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def tensor_parallel(folder: Path, expert_parallel: bool = False) -> dict[str, An
         engine.llm.wake_up(tags=["weights"])
         engine.llm.collective_rpc("ascend_safe_reload_from_disk", args=(str(checkpoint.path),))
         engine.llm.wake_up(tags=["kv_cache"])
-        engine.llm.collective_rpc("ascend_safe_settle")
+        engine.llm.collective_rpc("ascend_safe_restore_kernel_format")
         found[f"sync {number}"] = engine.answers()
     return found
 
@@ -39,6 +42,59 @@ def tensor_parallel(folder: Path, expert_parallel: bool = False) -> dict[str, An
 def expert_parallel(folder: Path) -> dict[str, Any]:
     """The same with the experts spread over both ranks."""
     return tensor_parallel(folder, expert_parallel=True)
+
+
+def tensor_parallel_fresh(folder: Path, expert_parallel: bool = False) -> dict[str, Any]:
+    """What an engine of the same kind answers that was started with the other checkpoint."""
+    return {"fresh": start(Checkpoint(folder / "model1", None), expert_parallel).answers()}
+
+
+def expert_parallel_fresh(folder: Path) -> dict[str, Any]:
+    """The same with the experts spread over both ranks."""
+    return tensor_parallel_fresh(folder, expert_parallel=True)
+
+
+def data_parallel(folder: Path) -> dict[str, Any]:
+    """Answers of both ranks of an engine of DP 2 with the experts spread over them: after a fresh load, and after three
+    syncs."""
+    return asyncio.run(_data_parallel(folder / "model0", [folder / f"model{number}" for number in (1, 0, 1)]))
+
+
+def data_parallel_fresh(folder: Path) -> dict[str, Any]:
+    """What an engine of the same kind answers that was started with the other checkpoint."""
+    return asyncio.run(_data_parallel(folder / "model1", []))
+
+
+async def _data_parallel(fresh: Path, syncs: Sequence[Path]) -> dict[str, Any]:
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    arguments = {**SETTINGS, "worker_extension_cls": EXTENSION, "data_parallel_size": 2, "enable_expert_parallel": True}
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(fresh), **arguments))
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, detokenize=False, ignore_eos=True, logprobs=1)
+
+    async def answers() -> list[Any]:
+        found = []
+        for rank in (0, 1):
+            for prompt in PROMPTS:
+                # One at a time: the shape of a batch decides in which order a kernel adds.
+                async for output in engine.generate(
+                    {"prompt_token_ids": prompt}, sampling, uuid.uuid4().hex, data_parallel_rank=rank
+                ):
+                    completion = output.outputs[0]
+                tokens = list(completion.token_ids)
+                steps = zip(completion.logprobs, tokens, strict=True)
+                found.append((tokens, [step[token].logprob for step, token in steps]))
+        return found
+
+    kwargs = {"kv_release": "auto", "weight_path": "by_layout", "verify": "always"}
+    await engine.collective_rpc("ascend_safe_configure", kwargs=kwargs)
+    found = {"fresh": await answers()}
+    for number, checkpoint in enumerate(syncs, start=1):
+        await engine.collective_rpc("ascend_safe_reload_from_disk", args=(str(checkpoint),))
+        found[f"sync {number}"] = await answers()
+    engine.shutdown()
+    return found
 
 
 def sleep_level_2(folder: Path) -> dict[str, Any]:
@@ -50,7 +106,7 @@ def sleep_level_2(folder: Path) -> dict[str, Any]:
         engine.llm.wake_up(tags=["weights"])
         engine.llm.collective_rpc("ascend_safe_reload_from_disk", args=(str(folder / "model0"),))
         engine.llm.wake_up(tags=["kv_cache"])
-        engine.llm.collective_rpc("ascend_safe_settle")
+        engine.llm.collective_rpc("ascend_safe_restore_kernel_format")
         found[f"level {level}"] = engine.llm.collective_rpc(dispatcher_expert_ids)
     return found
 
@@ -81,12 +137,18 @@ def start(checkpoint: Checkpoint, expert_parallel: bool) -> Engine:
         )
     )
     engine.llm.collective_rpc(
-        "ascend_safe_configure", kwargs={"kv_rung": "auto", "weight_path": "by_layout", "verify": "always"}
+        "ascend_safe_configure", kwargs={"kv_release": "auto", "weight_path": "by_layout", "verify": "always"}
     )
     return engine
 
 
-CASES = {case.__name__: case for case in (tensor_parallel, expert_parallel, sleep_level_2)}
+CASES = {
+    case.__name__: case
+    for case in (
+        *(tensor_parallel, tensor_parallel_fresh, expert_parallel, expert_parallel_fresh),
+        *(data_parallel, data_parallel_fresh, sleep_level_2),
+    )
+}
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ def root() -> Path:
         return Path(next(iter(installed.submodule_search_locations))).parent
     if not (UNPACKED / "verl").is_dir():
         raise FileNotFoundError(
-            f"verl's files are not in {UNPACKED}: run tests/npu_emulator/build.py again for this stack, which puts "
-            "them there"
+            f"verl's files are not in {UNPACKED}: run emulator/build.py again for this stack, which puts them there"
         )
     return UNPACKED
 

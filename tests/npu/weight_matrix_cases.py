@@ -32,9 +32,10 @@ import torch
 import torch_npu  # noqa: F401 - makes torch.npu
 from verl_files import verls_patches, verls_sync
 
-from verl_ascend_rollout.worker.weights import bracket, loaders, moe
+from verl_ascend_rollout.worker.weights import expert_format, layerwise, weight_loader
+from verl_ascend_rollout.worker.weights import sync as weight_sync
+from verl_ascend_rollout.worker.weights.manifest import Manifest
 from verl_ascend_rollout.worker.weights.plan import Plan
-from verl_ascend_rollout.worker.weights.verify import Manifest
 
 NamedTensor = tuple[str, torch.Tensor]
 
@@ -74,6 +75,11 @@ class Cell:
         return SHAPES[self.shape](self.cut)[1]
 
     @property
+    def heads(self) -> int:
+        """How many attention heads there are: at least one a rank."""
+        return max(HEADS, self.tp)
+
+    @property
     def cut(self) -> int:
         """Into how many slices each expert is cut."""
         return 1 if self.expert_parallel else self.tp
@@ -96,15 +102,22 @@ SHAPES: dict[str, Callable[[int], tuple[int, int]]] = {
     "I/tp == H": lambda tp: (32, 32 * tp),
     "I == H": lambda tp: (64, 64),
     "odd": lambda tp: (72, 11 * tp),
+    "I/tp == 96": lambda tp: (64, 96 * tp),
 }
 """Hidden size and one expert's intermediate size by the number of ranks.  In the second w13 is square on each rank, in
-the third w2 is; there a shape says nothing about the layout."""
+the third w2 is; there a shape says nothing about the layout.  The last is as Qwen3-30B-A3B's on eight ranks
+(verl#5479)."""
 
 
 def cells() -> list[Cell]:
     """Every cell of the matrix."""
     slices = [(tp, rank) for tp in (1, 2, 4) for rank in range(tp)]
-    found = [Cell(model, shape, tp, rank) for model in TENSORS for shape in SHAPES for tp, rank in slices]
+    found = [
+        Cell(model, shape, tp, rank)
+        for model in TENSORS
+        for shape in SHAPES
+        for tp, rank in (slices if shape != "I/tp == 96" else [(8, rank) for rank in range(8)])
+    ]
     found += [Cell("qwen2_moe", "H == 2*I/tp", tp, rank, expert_parallel=True) for tp, rank in slices if tp > 1]
     return found
 
@@ -119,8 +132,8 @@ def config_of(cell: Cell) -> dict[str, Any]:
         "moe_intermediate_size": cell.intermediate,
         "intermediate_size": 4 * HEADS,
         "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS,
+        "num_attention_heads": cell.heads,
+        "num_key_value_heads": cell.heads,
         "num_experts": EXPERTS,
         "num_experts_per_tok": 2,
         "vocab_size": VOCAB,
@@ -145,7 +158,7 @@ def config_of(cell: Cell) -> dict[str, Any]:
         **common,
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
-        "head_dim": cell.hidden // HEADS,
+        "head_dim": cell.hidden // cell.heads,
     }
 
 
@@ -166,7 +179,7 @@ def qwen3_moe(cell: Cell) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield from _around(cell)
     for layer in range(LAYERS):
         for part in "qk":
-            yield f"model.layers.{layer}.self_attn.{part}_norm.weight", (cell.hidden // HEADS,)
+            yield f"model.layers.{layer}.self_attn.{part}_norm.weight", (cell.hidden // cell.heads,)
 
 
 def _around(cell: Cell) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -264,6 +277,8 @@ class World:
                 enable_expert_parallel=cell.expert_parallel,
                 distributed_executor_backend="mp",
                 additional_config={"weight_nz_mode": 0},
+                # vLLM up to 0.18 wants 4 GiB of the machine for each rank, and refuses eight of them here.
+                **({"swap_space": 0} if "swap_space" in EngineArgs.__dataclass_fields__ else {}),
             ).create_engine_config()
         return self.configs[key]
 
@@ -405,7 +420,7 @@ def three_syncs(
                 sync(model, config, buckets(checkpoint(cell, seed)))
             if sleep:
                 world.worker.wake_up(tags=["kv_cache"])
-                moe.settle(model)
+                expert_format.restore_kernel_format(model)
         except Exception as error:
             found.append(Outcome(error=f"{type(error).__name__}: {error}"))
             break
@@ -419,7 +434,7 @@ def our_sync(model: torch.nn.Module, config: Any, stream: Iterable[list[NamedTen
     # The first sync of a model goes through its loader, the others along the plan that the first left.
     if not hasattr(model, "_plan"):
         model._plan = Plan()
-    with bracket.reload(model, config.model_config, Manifest(compare=True), model._plan) as load:
+    with weight_sync.reload(model, config.model_config, Manifest(compare=True), model._plan) as load:
         for bucket in stream:
             load(bucket)
 
@@ -456,10 +471,10 @@ def no_sync(world: World, cell: Cell) -> dict[str, Any]:
             world.sleep_and_wake_up(model, config)
             world.worker.wake_up(tags=["kv_cache"])
             found["stock"].append(differences(state_of(model), before))
-            moe.settle(model)
+            expert_format.restore_kernel_format(model)
             found["settled"].append(differences(state_of(model), before))
-            found["again"].append(moe.settle(model))
-            found["loaders"].append(loaders.complaint(model))
+            found["again"].append(expert_format.restore_kernel_format(model))
+            found["loaders"].append(weight_loader.complaint(model))
         our_sync(model, config, buckets(checkpoint(cell, 1)))
         found["synced"] = differences(state_of(model), copied(state_of(world.load(cell, config, checkpoint(cell, 1)))))
         found["moved"] = sorted(name for name, address in addresses(model).items() if at[name] != address)
@@ -528,6 +543,23 @@ def sleep_level_2(world: World, cell: Cell) -> dict[str, Any]:
     return found
 
 
+def by_vllms_bracket(world: World, cell: Cell) -> dict[str, Any]:
+    """Three syncs on the `layerwise` path, with sleeps between and without; or why this release has no such path."""
+
+    def sync(model: torch.nn.Module, config: Any, stream: Iterable[list[NamedTensor]]) -> None:
+        with layerwise.reload(model, config.model_config, Manifest(), Plan()) as load:
+            for bucket in stream:
+                load(bucket)
+
+    with world.as_rank(cell) as config:
+        fresh = {seed: copied(state_of(world.load(cell, config, checkpoint(cell, seed)))) for seed in SYNCS}
+        found: dict[str, Any] = {"obstacle": layerwise.obstacle(world.load(cell, config, checkpoint(cell, 0)))}
+        for sleep in (True, False):
+            outcomes = three_syncs(world, cell, config, sync, fresh, sleep=sleep)
+            found["asleep" if sleep else "awake"] = [asdict(outcome) for outcome in outcomes]
+    return found
+
+
 def run(world: World) -> dict[str, Any]:
     """The matrix, and the cases beside it."""
     started = time.monotonic()
@@ -546,6 +578,15 @@ def run(world: World) -> dict[str, Any]:
         for cell in (Cell("qwen2_moe", "odd", 2, 1), Cell("qwen3_moe", "I == H", 1, 0))
     }
     found["tied embeddings"] = tied_embeddings(world, Cell("qwen2_moe", "plain", 2, 1, tied=True))
+    found["layerwise"] = {
+        cell.name: by_vllms_bracket(world, cell)
+        for cell in (
+            Cell("qwen3_moe", "H == 2*I/tp", 1, 0),
+            Cell("qwen2_moe", "I/tp == H", 2, 1),
+            Cell("qwen2_moe", "odd", 4, 3),
+            Cell("qwen2_moe", "H == 2*I/tp", 2, 0, expert_parallel=True),
+        )
+    }
     found["sleep level 2"] = sleep_level_2(world, Cell("qwen2_moe", "plain", 2, 1, expert_parallel=True))
     return found
 

@@ -10,10 +10,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-from verl_ascend_rollout.decisions import Decision, shown
 from verl_ascend_rollout.platforms.base import PlatformFacts, Soc
 from verl_ascend_rollout.platforms.detect import planned
-from verl_ascend_rollout.policy import ModelFacts, Wishes, decide
+from verl_ascend_rollout.policy.decision import Decision, shown
+from verl_ascend_rollout.policy.engine_args import EngineRequest, ModelFacts, decide
 
 FILE = Path(__file__).with_suffix(".txt")
 WIDTH = 118
@@ -25,14 +25,16 @@ ASCEND: tuple[tuple[str, tuple[Soc, ...]], ...] = (
     ("0.11.0", ("310P", "A2", "A3")),
     ("0.13.0", ("310P", "A2", "A3")),
     ("0.18.0", ("310P", "A2", "A3", "A5")),
+    ("0.20.2rc1", ("A2", "A3")),
+    ("0.22.1rc1", ("A2", "A3", "A5")),
     ("0.23.0", ("310P", "A2", "A3", "A5")),
     ("0.28.0rc1", ("310P", "A2", "A3", "A5")),
 )
 
 WISHES = {
-    "defaults": Wishes(model=QWEN),
-    "graphs": Wishes(model=QWEN, enforce_eager=False, tensor_parallel_size=2),
-    "experts": Wishes(model=QWEN, expert_parallel_size=4, tensor_parallel_size=4),
+    "defaults": EngineRequest(model=QWEN),
+    "graphs": EngineRequest(model=QWEN, enforce_eager=False, tensor_parallel_size=2),
+    "experts": EngineRequest(model=QWEN, expert_parallel_size=4, tensor_parallel_size=4),
 }
 """What is asked for beside verl's defaults: nothing, graphs (on two devices), and expert parallelism."""
 
@@ -56,9 +58,9 @@ def policy_table() -> str:
     places: dict[Decision, dict[str, list[str]]] = {}
     refused: dict[str, dict[str, list[str]]] = {}
     for name, facts in machines().items():
-        for label, wish in WISHES.items():
+        for label, asked in WISHES.items():
             try:
-                decisions = decide(facts, wish)
+                decisions = decide(facts, asked)
             except ValueError as error:
                 refused.setdefault(str(error), {}).setdefault(name, []).append(label)
                 continue

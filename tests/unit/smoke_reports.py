@@ -11,8 +11,9 @@ import math
 import random
 from pathlib import Path
 
-from verl_ascend_rollout import report as reports
-from verl_ascend_rollout.checks.smoke.measured import (
+from verl_ascend_rollout.tools import report as reports
+from verl_ascend_rollout.tools.report import Check, Report
+from verl_ascend_rollout.tools.smoke.measured import (
     Call,
     Engine,
     Load,
@@ -24,7 +25,6 @@ from verl_ascend_rollout.checks.smoke.measured import (
     Warned,
     Warnings,
 )
-from verl_ascend_rollout.report import Check, Report
 
 GIB = 1 << 30
 

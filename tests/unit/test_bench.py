@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from verl_ascend_rollout import cli
-from verl_ascend_rollout.bench import weights
-from verl_ascend_rollout.bench.table import BenchError, Column, plot, show, write_json
-from verl_ascend_rollout.toy_model import Geometry, scaled_to
+from verl_ascend_rollout.tools import cli
+from verl_ascend_rollout.tools.bench import weights
+from verl_ascend_rollout.tools.bench.table import BenchError, Column, show, write
+from verl_ascend_rollout.tools.toy_model import Geometry, merged_experts, scaled_to
 
 
 def test_the_full_geometry_is_qwen1_5_moe() -> None:
@@ -36,13 +39,31 @@ def test_what_does_not_fit_is_said_with_the_numbers() -> None:
         weights.fitting_geometry(1 << 20, 1000, 60)
 
 
+def test_by_itself_the_widths_are_real_and_the_layers_are_those_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, layers in ((16 << 30, 1), (24 << 30, 2), (1 << 40, 2)):
+        monkeypatch.setattr(weights.psutil, "virtual_memory", lambda memory=memory: SimpleNamespace(available=memory))
+        geometry = weights.fitting_geometry(None, None, 60)
+        assert (geometry.hidden, geometry.moe_intermediate, geometry.vocabulary) == (2048, 1408, 151936)
+        assert geometry.layers == layers
+    assert weights.fitting_geometry(None, 24, 60) == Geometry()
+
+
+def test_merged_experts_are_the_same_bytes_in_two_tensors_a_layer() -> None:
+    geometry = Geometry(layers=2)
+    merged = dict(merged_experts(geometry))
+    assert len(merged) == 2 * (2 + 7 + 2 + 3 + 2) + 3
+    assert sum(math.prod(shape) for shape in merged.values()) * 2 == geometry.bytes()
+    assert merged["model.layers.1.mlp.experts.gate_up_proj"] == [60, 2816, 2048]
+    assert merged["model.layers.1.mlp.experts.down_proj"] == [60, 2048, 1408]
+
+
 def rows() -> list[dict[str, Any]]:
     found = {
         "plain_copy": {"seconds": 0.5, "ratio": 1.0, "peak_extra_bytes": 0, "error": None},
         "verl": {"seconds": None, "ratio": None, "peak_extra_bytes": None, "error": "AttributeError: gone"},
         "ours_later": {"seconds": 0.75, "ratio": 1.4, "peak_extra_bytes": 5 << 20, "error": None},
     }
-    return [weights._row(path, row, 1_000_000_000) for path, row in found.items()]
+    return [weights.row(path, row, 1_000_000_000) for path, row in found.items()]
 
 
 def test_rows_have_a_ratio_to_the_plain_copy() -> None:
@@ -53,10 +74,10 @@ def test_rows_have_a_ratio_to_the_plain_copy() -> None:
 
 
 def test_the_files_hold_what_the_screen_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    always = weights._row("ours_later", {"seconds": 1.0, "ratio": 2.0, "peak_extra_bytes": 0, "error": None}, 10**9)
+    always = weights.row("ours_later", {"seconds": 1.0, "ratio": 2.0, "peak_extra_bytes": 0, "error": None}, 10**9)
     facts = {"bytes": 10**9, "tensors": 3, "device": "cpu", "threads": 1, "verify_always": always}
     written, picture = tmp_path / "rows.json", tmp_path / "rows.png"
-    weights.report(rows(), facts, str(written), str(picture))
+    weights.report(rows(), facts, Namespace(json=str(written), plot=str(picture)))
     assert json.loads(written.read_text())["rows"] == rows()
     assert picture.read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
@@ -66,14 +87,25 @@ def test_the_files_hold_what_the_screen_shows(tmp_path: Path, capsys: pytest.Cap
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="cannot be written: No such file"):
-        write_json(tmp_path / "no" / "rows.json", [], {})
+        write(Namespace(json=tmp_path / "no" / "rows.json", plot=None), [], {}, "title", "unit", {})
     with pytest.raises(BenchError, match="cannot be drawn"):
-        plot(tmp_path / "rows.nonsense", "title", "unit", {"a": 1.0}, None)
+        write(Namespace(json=None, plot=tmp_path / "rows.nonsense"), [], {}, "title", "unit", {"a": 1.0})
 
 
 def test_a_value_that_is_missing_is_a_dash(capsys: pytest.CaptureFixture[str]) -> None:
     show("title", (Column("a", "A", ".1f", 2.0), Column("b", "B")), [{"a": 1.0, "b": None}])
     assert "2.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
+def test_no_number_is_cut_or_broken(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    show("title", weights.COLUMNS, [{**row, "tensors": 4659, "copies": 12345} for row in rows()])
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ours_later", "4,659", "12,345", "0.750", "1.33", "1.40", "5"] in shown
+    assert ["verl", "4,659", "12,345", "-", "-", "-", "-"] in shown
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from verl_ascend_rollout.bench import kv
-from verl_ascend_rollout.cli import main
+from verl_ascend_rollout.tools.bench import kv
+from verl_ascend_rollout.tools.cli import main
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(sleep_mode: bool, *rungs: str) -> dict[str, Any]:
-    """An engine's samples: the floor takes 10 and 20, then each rung 1 more for free and twice as long for init."""
+    """An engine's samples: the floor takes 10 and 20, then each method 1 more for free and twice as long for init."""
     samples = []
     for number in range(3):
         for place, rung in enumerate([kv.FLOOR, *rungs]):
@@ -40,18 +40,16 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def engine(folder: str, specification: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
         config = json.loads((Path(specification["model"]) / "config.json").read_text())
         found.append({**specification, "config": config})
-        return measured(specification["sleep_mode"], "direct")
+        return measured(specification["sleep_mode"], "reallocate")
 
     monkeypatch.setattr(kv, "_engine", engine)
     return found
 
 
-def test_the_geometry_that_is_asked_for_is_the_models(asked: list[dict[str, Any]]) -> None:
-    assert main(["bench", "kv", "--layers", "3", "--kv-heads", "8", "--head-size", "128", "--gib", "0.25"]) == 0
+def test_the_engine_is_asked_for_what_the_command_line_says(asked: list[dict[str, Any]]) -> None:
+    assert main(["bench", "kv", "--gib", "0.25"]) == 0
     (engine,) = asked
-    config = engine["config"]
-    assert (config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"]) == (3, 8, 128)
-    assert config["hidden_size"] == config["num_attention_heads"] * config["head_dim"]
+    assert engine["config"]["num_hidden_layers"] == 4 and engine["config"]["num_key_value_heads"] == 2
     assert (engine["bytes"], engine["repeats"], engine["sleep_mode"]) == (2**28, 9, False)
 
 
@@ -62,15 +60,15 @@ def test_rows_go_to_the_screen_and_to_json_with_their_ratio_to_the_floor(
     assert main(["bench", "kv", "--json", str(file), "--plot", str(tmp_path / "kv.svg")]) == 0
     written = json.loads(file.read_text())
     rows = {(row["rung"], row["step"]): row for row in written["rows"]}
-    assert set(rows) == {(rung, step) for rung in ("floor", "direct") for step in ("free", "init")}
-    assert rows["direct", "free"]["seconds"] == pytest.approx(0.011)
-    assert rows["direct", "free"]["ratio_to_floor"] == pytest.approx(1.1)
-    assert rows["direct", "init"]["ratio_to_floor"] == pytest.approx(2.0)
+    assert set(rows) == {(rung, step) for rung in ("floor", "reallocate") for step in ("free", "init")}
+    assert rows["reallocate", "free"]["seconds"] == pytest.approx(0.011)
+    assert rows["reallocate", "free"]["ratio_to_floor"] == pytest.approx(1.1)
+    assert rows["reallocate", "init"]["ratio_to_floor"] == pytest.approx(2.0)
     assert rows["floor", "init"]["ratio_to_floor"] == 1.0
-    assert rows["direct", "init"]["slowest_seconds"] == pytest.approx(0.54)
-    assert written["chosen"] == "direct" and written["platform"] == "cpu"
+    assert rows["reallocate", "init"]["slowest_seconds"] == pytest.approx(0.54)
+    assert written["chosen"] == "reallocate" and written["platform"] == "cpu"
     out = capsys.readouterr().out
-    assert "chosen here: direct" in out and "not here: sleep: the engine runs without sleep mode" in out
+    assert "chosen here: reallocate" in out and "not here: sleep: the engine runs without sleep mode" in out
     assert (tmp_path / "kv.svg").read_text().startswith("<?xml")
 
 
@@ -78,9 +76,7 @@ def test_rows_go_to_the_screen_and_to_json_with_their_ratio_to_the_floor(
     ("options", "status", "sentence"),
     [
         (["--model", "/nowhere"], 1, "/nowhere has no config.json"),
-        (["--model", ".", "--layers", "2"], 2, "--model has a shape of its own"),
         (["--gib", "0"], 2, "'0' is no size in GiB"),
-        (["--layers", "none"], 2, "'none' is no whole number"),
         (["--repeats", "0"], 2, "'0' is no whole number"),
         (["--json", "/nowhere/kv.json"], 1, "/nowhere/kv.json cannot be written"),
     ],

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_ascend_rollout.worker.weights import block_copy
-from verl_ascend_rollout.worker.weights.block_copy import CACHE_LINE, SQUARE, blocks_differ, copy_into_blocks
+from verl_ascend_rollout.worker.weights.cpu import block_copy
+from verl_ascend_rollout.worker.weights.cpu.block_copy import CACHE_LINE, SQUARE, blocks_differ, copy_into_blocks
 
 DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -46,7 +46,7 @@ def within(shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> tuple[tor
     return room[first : first + elements].view(shape), room
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(DTYPES),
     experts=st.lists(st.integers(1, 3), max_size=1),

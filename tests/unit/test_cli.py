@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from verl_ascend_rollout import __version__
-from verl_ascend_rollout.cli import main
+from verl_ascend_rollout import __version__, options
+from verl_ascend_rollout.tools import terminal
+from verl_ascend_rollout.tools.cli import main
+from verl_ascend_rollout.tools.report import Check
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +41,60 @@ def test_explain_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert out.startswith("platform cpu (verl's cpu)")
     assert "VERL_PLATFORM=cpu says so" in out
     assert "abilities sleep_mode no" in out
-    row = next(line for line in out.splitlines() if line.startswith("kv_rung"))
-    assert row.split()[1] == "direct"
+    row = next(line for line in out.splitlines() if line.startswith("kv_release"))
+    assert row.split()[1:3] == ["reallocate,", "keep"]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_explain_is_as_wide_as_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["explain", "--platform", "npu", "--soc", "A2", "--vllm-ascend", "0.18.0"]) == 0
+    plain = capsys.readouterr().out
+    # One name of Ray's has 59 characters, and its value is beside it.
+    assert max(map(len, plain.splitlines())) <= max(columns, 63)
+    assert "decoding is what a rollout spends its time on" in " ".join(plain.split())
+    assert "docs" not in plain and "inferred" not in plain
+    assert main(["explain", "--platform", "npu", "--soc", "A2", "--vllm-ascend", "0.18.0", "--sources"]) == 0
+    assert "inferred, from " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"), [(["explain", "--platform", "npu"], 141), (["doctor", "--all"], 0), (["--help"], 0)]
+)
+def test_a_reader_that_has_gone_is_no_traceback(argv: list[str], status: int) -> None:
+    """`ascend-safe ... | head`, which has read enough before anything comes."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "verl_ascend_rollout.tools.cli", *argv]
+    answer = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert answer.stderr == ""
+    assert answer.returncode == status
+
+
+@pytest.mark.parametrize(("variable", "coloured"), [(None, True), ("1", False)])
+def test_verdicts_have_colours_unless_nobody_wants_them(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, coloured: bool
+) -> None:
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Screen())
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv("NO_COLOR", variable)
+    found = (Check("a.b", "fail", "[not] markup"), Check("c", "pass", "fi\x1b[2Jne"))
+    terminal.checks(terminal.console(), found)
+    written = sys.stdout.getvalue()  # type: ignore[attr-defined]
+    assert ("\x1b[31mFAIL" in written) == coloured
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", written).splitlines()]
+    assert lines == ["FAIL    a.b: [not] markup", "PASS    c: fi\N{REPLACEMENT CHARACTER}[2Jne"]
+    assert coloured or "\x1b" not in written
 
 
 def test_explain_a_planned_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,14 +109,14 @@ def test_explain_a_planned_machine(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "name", "value"),
     [
         (["--platform", "cpu"], "enforce_eager", True),
-        (["--platform", "cpu", "--enforce-eager", "false"], "kv_rung", "keep"),
+        (["--platform", "cpu", "--enforce-eager", "false"], "kv_release", ["keep"]),
         (["--platform", "cuda"], "enforce_eager", False),
         (["--platform", "cuda", "--enforce-eager", "true"], "enforce_eager", True),
         (["--platform", "cuda", "--lora"], "sleep_level", 1),
         (["--platform", "cuda", "--mtp"], "sleep_level", 1),
-        (["--platform", "cuda", "--enable-sleep-mode", "false"], "kv_rung", "keep"),
-        (["--platform", "cuda", "--enable-sleep-mode", "false", "--kv-rung", "direct"], "enforce_eager", True),
-        (["--platform", "cuda", "--free-cache-engine", "false"], "kv_rung", "keep"),
+        (["--platform", "cuda", "--enable-sleep-mode", "false"], "kv_release", ["keep"]),
+        (["--platform", "cuda", "--enable-sleep-mode", "false", "--kv-release", "reallocate"], "enforce_eager", True),
+        (["--platform", "cuda", "--free-cache-engine", "false"], "kv_release", ["keep"]),
         (["--platform", "npu", "--soc", "a2", "--vllm-ascend", "0.23.0"], "enforce_eager", False),
         (["--platform", "npu", "--soc", "910B3", "--vllm-ascend", "0.23.0"], "enforce_eager", False),
         (["--platform", "npu", "--soc", "310P", "--vllm-ascend", "0.23.0"], "enforce_eager", True),
@@ -69,6 +125,24 @@ def test_explain_a_planned_machine(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_explain_json(capsys: pytest.CaptureFixture[str], options: list[str], name: str, value: object) -> None:
     assert explained(capsys, *options)[name] == value
+
+
+@pytest.mark.parametrize("option", [("--kv-rung", "direct"), ("--kv-rung", "reallocate"), ("--kv-release", "direct")])
+def test_explain_takes_the_old_words_and_says_so(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, option: tuple[str, str]
+) -> None:
+    options._say_once.cache_clear()
+    decided = explained(capsys, "--platform", "cuda", "--enable-sleep-mode", "false", *option)
+    assert decided["kv_release"] == ["reallocate", "keep"]
+    assert len(caplog.records) == ("rung" in option[0]) + (option[1] == "direct")
+
+
+def test_the_old_word_is_not_advertised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--kv-release {auto,kv_only,sleep,reallocate,keep}" in out and "rung" not in out
+    assert main(["explain", "--kv-rung", "fast"]) == 2
+    assert "argument --kv-rung: invalid choice: 'fast'" in capsys.readouterr().err
 
 
 def test_json_has_the_facts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +178,8 @@ def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str], argv: list[str]
 @pytest.mark.parametrize(
     ("argv", "environ", "says"),
     [
-        (["explain", "--platform", "cpu", "--kv-rung", "sleep"], {}, "kv_rung=sleep cannot work"),
-        (["explain", "--platform", "cpu", "--kv-rung", "keep", "--on-unsafe", "error"], {}, "contradict each other"),
+        (["explain", "--platform", "cpu", "--kv-release", "sleep"], {}, "kv_release=sleep cannot work"),
+        (["explain", "--platform", "cpu", "--kv-release", "keep", "--on-unsafe", "error"], {}, "contradict each other"),
         (["explain", "--platform", "npu", "--soc", "310P", "--expert-parallel-size", "2"], {}, "expert parallelism"),
         (["explain"], {"VERL_PLATFORM": "tpu"}, "VERL_PLATFORM=tpu names no platform"),
         (
@@ -153,7 +227,7 @@ actor_rollout_ref:
     mtp: null
     engine_kwargs:
       vllm: {{additional_config: {{weight_nz_mode: 0}}}}
-      ascend_safe: {{kv_rung: null, on_unsafe: error}}
+      ascend_safe: {{kv_release: null, on_unsafe: error}}
 data: {{batch: 100}}
 """
 
@@ -222,7 +296,7 @@ def test_explain_reads_the_rollouts_settings_alone(capsys: pytest.CaptureFixture
         ("max_num_seqs: many", "wrong kind"),
         ("cudagraph_capture_sizes: 7", "wrong kind"),
         ("engine_kwargs: [1]", "wrong kind"),
-        ("engine_kwargs: {ascend_safe: {kv_rang: direct}}", "did you mean 'kv_rung'?"),
+        ("engine_kwargs: {ascend_safe: {kv_rang: direct}}", "did you mean 'kv_release'?"),
     ],
 )
 def test_a_configuration_that_cannot_be_read_is_one_sentence(
@@ -263,7 +337,7 @@ def test_works_where_torch_verl_and_vllm_cannot_be_imported() -> None:
         "def missing(name):\n"
         "    raise importlib.metadata.PackageNotFoundError(name)\n"
         "importlib.metadata.version = missing\n"
-        "from verl_ascend_rollout.cli import main\n"
+        "from verl_ascend_rollout.tools.cli import main\n"
         "sys.exit(main(['explain']))\n"
     )
     environ = {**os.environ, "VERL_PLATFORM": "npu"}

@@ -26,12 +26,13 @@ from smoke_reports import (
     saved,
 )
 
-from verl_ascend_rollout import report as reports
-from verl_ascend_rollout.checks.compare import explain, next_steps, outputs, times
-from verl_ascend_rollout.checks.compare.reading import Run, read
-from verl_ascend_rollout.checks.smoke.measured import Engine, Load, Output, Smoke
-from verl_ascend_rollout.cli import main
-from verl_ascend_rollout.report import Check, Report
+from verl_ascend_rollout.tools import report as reports
+from verl_ascend_rollout.tools.cli import main
+from verl_ascend_rollout.tools.compare import explain, outputs, times
+from verl_ascend_rollout.tools.compare.reading import Run, read
+from verl_ascend_rollout.tools.report import Check, Report
+from verl_ascend_rollout.tools.smoke import tables
+from verl_ascend_rollout.tools.smoke.measured import Engine, Load, Output, Smoke
 
 LONG = tuple(range(100, 140))
 
@@ -171,7 +172,7 @@ def test_one_measurement_says_so() -> None:
 )
 def test_whether_graphs_ran(engine: Engine | None, has: bool | None, told: str) -> None:
     run = run_of(dataclasses.replace(A100, engine=engine))
-    assert (times.has_graphs(run), times.graphs(run)) == (has, told)
+    assert (tables.has_graphs(run), tables.graphs(run)) == (has, told)
 
 
 # Why.
@@ -212,14 +213,14 @@ def test_nothing_is_explained_out_of_nothing() -> None:
 
 def test_next_steps_come_from_what_is_missing() -> None:
     runs = [run_of(CPU_TINY, "A"), run_of(NPU_STAND_IN, "B")]
-    told = "\n".join(next_steps.of(runs, [times.compare(*runs)]))
+    told = "\n".join(explain.next_steps(runs, [times.compare(*runs)]))
     assert "A and B: `reference` was skipped: the reference model does not fit into 24 GiB." in told
     assert "B: run the same smoke on a real NPU" in told
     assert "Graph mode was not run: smoke --graph on B." in told
     assert "Expert parallelism was not run" in told and "Only one rank was run" in told
     done = [run_of(change(FAST, "engine", expert_parallel=True), name) for name in "AB"]
     done = [dataclasses.replace(run, report=report_of(FAST, Check("a", "pass", "fine"))) for run in done]
-    assert list(next_steps.of(done, [times.compare(*done)])) == []
+    assert list(explain.next_steps(done, [times.compare(*done)])) == []
 
 
 # Outputs.

@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from smoke_reports import A100, CPU_TINY, NPU_910C, NPU_STAND_IN, report_of, saved
 
-from verl_ascend_rollout import report as reports
-from verl_ascend_rollout.checks.smoke.measured import Smoke, Warned, Warnings
-from verl_ascend_rollout.cli import main
-from verl_ascend_rollout.report import Check, Report
+from verl_ascend_rollout.tools import report as reports
+from verl_ascend_rollout.tools.cli import main
+from verl_ascend_rollout.tools.report import Check, Report
+from verl_ascend_rollout.tools.smoke.measured import Smoke, Warned, Warnings
 
 GOOD_TEXT = report_of(NPU_910C).to_json()
 
@@ -56,31 +56,34 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (edited(lambda facts: facts["warm"].update(seconds="nan")), "Expected `float`, got `str`"),
         (edited(lambda facts: facts["warm"].update(seconds=float("nan"))), "is no report of ascend-safe"),
         (edited(lambda facts: facts["warm"].update(seconds=float("inf"))), "is no report of ascend-safe"),
-        (edited(lambda facts: facts["warm"].update(seconds=-1.0)), "warm.seconds is -1, and it cannot be below 0"),
-        (
-            edited(lambda facts: facts["warm"].update(seconds=1e12)),
-            "warm.seconds is 1e+12, which is more than 30 years",
-        ),
+        (edited(lambda facts: facts["warm"].update(seconds=-1.0)), "Expected `float` >= 0.0 - at `$.warm.seconds`"),
+        (edited(lambda facts: facts["warm"].update(seconds=1e12)), "Expected `float` <= 1000000000.0 - at `$.warm"),
         (edited(lambda facts: facts["warm"].update(seconds=12345)).replace("12345", "1e400"), "out of range"),
         (edited(lambda facts: facts["warm"].update(seconds=10**400)), "out of range"),
-        (edited(lambda facts: facts["memory"].update(weights=10**30)), "memory.weights is larger than any machine's"),
-        (edited(lambda facts: facts["memory"].update(weights=-5)), "memory.weights is below 0"),
+        (edited(lambda facts: facts["memory"].update(weights=10**30)), "Expected `int` <= 1152921504606846976 - at"),
+        (edited(lambda facts: facts["memory"].update(weights=-5)), "Expected `int` >= 0 - at `$.memory.weights`"),
         (edited(lambda facts: facts["memory"].update(weights=1.5)), "Expected `int | null`, got `float`"),
-        (
-            edited(lambda facts: facts["warnings"]["unknown"][0].update(count=-1)),
-            "warnings.unknown[0].count is below 0",
-        ),
+        (edited(lambda facts: facts["warnings"]["unknown"][0].update(count=-1)), "at `$.warnings.unknown[0].count`"),
         (edited(lambda facts: facts["warm"].pop("seconds")), "missing required field `seconds`"),
         (edited(lambda facts: facts["output"].update(text=None)), "Expected `str`, got `null`"),
         (edited(lambda facts: facts["output"]["logprobs"].pop()), "output.logprobs has 22 values for 23 tokens"),
         (edited(lambda facts: facts["output"]["prompt_logprobs"].pop()), "prompt_logprobs has 8 values for 10 prompt"),
-        (edited(lambda facts: facts["output"]["logprobs"].__setitem__(3, 2.5)), "output.logprobs[3] is 2.5, and a log"),
-        (edited(lambda facts: facts["output"]["logprobs"].__setitem__(3, -1e300)), "output.logprobs[3] is -1e+300"),
+        (
+            edited(lambda facts: facts["output"]["logprobs"].__setitem__(3, 2.5)),
+            "Expected `float` <= 0.001 - at `$.output.logprobs[3]`",
+        ),
+        (
+            edited(lambda facts: facts["output"]["logprobs"].__setitem__(3, -1e300)),
+            "Expected `float` >= -100000.0 - at",
+        ),
         (
             edited(lambda facts: facts.update(more_outputs=[{"prompt": "p", "token_ids": [1], "logprobs": [-1, -2]}])),
-            "more_outputs[0].logprobs has 2 values for 1 tokens",
+            "output.logprobs has 2 values for 1 tokens",
         ),
-        (edited(lambda facts: facts["output"]["token_ids"].__setitem__(0, -7)), "output.token_ids[0] is below 0"),
+        (
+            edited(lambda facts: facts["output"]["token_ids"].__setitem__(0, -7)),
+            "Expected `int` >= 0 - at `$.output.token_ids[0]`",
+        ),
         ('{"schema": "1.0", "kind": "smoke", "title": "t", "facts": {"model": ' + '{"name": ' * 100_000, "nested"),
         (b"\x7fELF\x02\x01\x01\x00" + bytes(range(256)) * 8, "malformed"),
         (GOOD_TEXT.replace("answer", "x").encode().replace(b"2+2 is 4", b"\xff\xfe"), "utf-8"),
@@ -250,8 +253,8 @@ def test_huge_texts_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert CPU_TINY.output is not None
     huge = dataclasses.replace(
         CPU_TINY,
-        output=dataclasses.replace(CPU_TINY.output, prompt="p " * 2_000_000, text="`|[" * 2_000_000),
-        command="c" * 1_000_000,
+        output=dataclasses.replace(CPU_TINY.output, prompt="p " * 200_000, text="`|[" * 200_000),
+        command="c" * 300_000,
         warnings=Warnings(unknown=tuple(Warned(f"{number} " + "w" * 10_000) for number in range(100))),
         versions={f"package-{number}": "1" for number in range(1000)},
     )
@@ -266,7 +269,7 @@ def test_huge_texts_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_reader_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     files = saved(tmp_path, a=A100, b=NPU_910C)
-    command = [sys.executable, "-m", "verl_ascend_rollout.cli", "compare", *files]
+    command = [sys.executable, "-m", "verl_ascend_rollout.tools.cli", "compare", *files]
     # A pipe whose other end is closed before anything is written.
     reader, writer = os.pipe()
     os.close(reader)
@@ -277,7 +280,7 @@ def test_a_reader_who_has_seen_enough_is_no_error(tmp_path: Path) -> None:
 
 def test_a_terminal_that_knows_no_unicode_gets_the_report(tmp_path: Path) -> None:
     files = saved(tmp_path, a=A100, b=NPU_910C)
-    command = [sys.executable, "-m", "verl_ascend_rollout.cli", "compare", *files]
+    command = [sys.executable, "-m", "verl_ascend_rollout.tools.cli", "compare", *files]
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     done = subprocess.run(command, capture_output=True, timeout=120, env=environ)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -291,7 +294,7 @@ def test_it_needs_no_platform(tmp_path: Path) -> None:
         "import sys\n"
         "for name in ('torch', 'vllm', 'verl', 'ray', 'torch_npu', 'matplotlib', 'numpy', 'transformers'):\n"
         "    sys.modules[name] = None\n"
-        "from verl_ascend_rollout.cli import main\n"
+        "from verl_ascend_rollout.tools.cli import main\n"
         f"sys.exit(main(['compare', *{files!r}]))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
@@ -356,7 +359,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
     return plain
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 @given(first=mutated(), second=mutated(), good_first=st.booleans())
 def test_no_change_to_a_report_brings_a_traceback(
     first: dict[str, Any], second: dict[str, Any], good_first: bool
@@ -377,7 +380,7 @@ def test_no_change_to_a_report_brings_a_traceback(
             assert isinstance(reports.read(f"{folder}/c.json"), Report)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200), st.integers(0, len(GOOD_TEXT.encode())), st.integers(0, 200))
 def test_no_bytes_bring_a_traceback(junk: bytes, at: int, dropped: int) -> None:
     good = GOOD_TEXT.encode()

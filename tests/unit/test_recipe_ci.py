@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from verl_ascend_rollout.cli import main
+from verl_ascend_rollout.tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "ci"

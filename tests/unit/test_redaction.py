@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_ascend_rollout.redaction import identity_of, redact, redact_for
+from verl_ascend_rollout.tools.redaction import identity_of, redact, redact_file, redact_for
 
 IDENTITY = identity_of(
     {
@@ -43,6 +43,24 @@ IDENTITY = identity_of(
         ("Authorization: Bearer abc.def-123", "Authorization: Bearer [secret]"),
         ("MY_API_KEY=abcdef123", "MY_API_KEY=[secret]"),
         ('{"password": "opensesame"}', '{"password": "[secret]"}'),
+        ("smoke --token abcdef123 --tp 2", "smoke --token [secret] --tp 2"),
+        ("serve --api-key 'open sesame' x", "serve --api-key '[secret]' x"),
+        ('["serve", "--hf-token", "abcdef123", "--tp"]', '["serve", "--hf-token", "[secret]", "--tp"]'),
+        ("PGPASSWORD=opensesame psql", "PGPASSWORD=[secret] psql"),
+        ("MYSQL_PWD=opensesame", "MYSQL_PWD=[secret]"),
+        ("WANDB_KEY=abcdef123 GITHUB_PAT: abcdef123", "WANDB_KEY=[secret] GITHUB_PAT: [secret]"),
+        ("accessToken: abcdef123", "accessToken: [secret]"),
+        ("AccountKey=abc/def+123==;Endpoint", "AccountKey=[secret]"),
+        ('password="open sesame, please"', 'password="[secret]"'),
+        ("{'password': 'open sesame'}", "{'password': '[secret]'}"),
+        ('"{\\"password\\": \\"open sesame\\"}"', '"{\\"password\\": \\"[secret]\\"}"'),
+        ("password=12345678", "password=[secret]"),
+        ("x=token=abcdef123", "x=token=[secret]"),
+        ("pypi-AgEIcHlwaS5vcmcCJDU", "[secret]"),
+        ("npm_0123456789abcdefghij", "[secret]"),
+        ("ms-01234567-89ab-cdef-0123-456789abcdef", "[secret]"),
+        ("https://x.blob.example/a?sv=2&sig=a%2Fb%3D&se=3", "https://[host]/a?sv=2&sig=[secret]&se=3"),
+        ("https://github.com/a?X-Amz-Signature=0a1b2c", "https://github.com/a?X-Amz-Signature=[secret]"),
         ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----", "[secret]"),
         ("https://bob:geheim@git.example.com/x", "https://[secret]@[host]/x"),
         ("http://proxy.example.org:3128", "http://[host]:3128"),
@@ -71,6 +89,10 @@ def test_what_is_taken_out(text: str, clean: str) -> None:
         "vllm/v1/worker/gpu_model_runner.py:5368: static_forward_context",
         "torch 2.13.0+cpu, torch-npu 2.10.0.post2, CANN 8.5.RC1, driver 25.2.3",
         "2025-12-29T12:34:56+00:00 took 00:01:02",
+        "--max-tokens 123456 --tokenizer mistral-large --no-token",
+        "data.prompt_key=question data.reward_fn_key=data_source",
+        "PWD=/usr/lib OLDPWD=/usr/bin sort_key=descending",
+        "ms-marco-distilbert-base and pypi-mirror",
         "max_tokens: 50, output tokens: 123456, skip_special_tokens=True",
         "root and user and localhost are nobody's names",
         "/usr/lib/python3.11/site-packages/verl/workers/config/rollout.py:188",
@@ -83,8 +105,29 @@ def test_what_a_reader_needs_stays(text: str) -> None:
     assert redact_for(text, IDENTITY) == text
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "piece",
+    ["a", "a_", "a-", "a.", "a@", "a:", "a=", "eyJ-", "eyJaaaaaaaa.", "token=", "token='", 'token="', "--a", "--token ",
+     "://", "sk-", "1.", "/home/", "-----BEGIN ", "[secret]", "\\", "\"'", "basic "],
+)  # fmt: skip
+def test_a_megabyte_without_an_end_is_linear(piece: str) -> None:
+    """A pattern that begins anew at each character would take days."""
+    redact_for(piece * (2**20 // len(piece)), IDENTITY)
+
+
 def test_this_machine_and_this_user() -> None:
     text = redact(f"{socket.gethostname()} {getpass.getuser()} {Path.home()}/x")
     assert f"{Path.home()}/" not in text
     if len(socket.gethostname()) >= 3:
         assert socket.gethostname() not in text
+
+
+def test_a_file_is_redacted_in_place(tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    log.write_bytes(b"loading\nserve --token abcdef123\n\xff torn\n")
+    redact_file(log)
+    assert log.read_text() == "loading\nserve --token [secret]\n\ufffd torn\n"
+    assert list(tmp_path.iterdir()) == [log]
+    redact_file(tmp_path / "not there")
+    assert list(tmp_path.iterdir()) == [log]

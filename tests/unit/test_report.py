@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from verl_ascend_rollout import report as reports
-from verl_ascend_rollout.report import Check, Evidence, Report, ReportError, Section, read, write
+from verl_ascend_rollout.tools import report as reports
+from verl_ascend_rollout.tools.report import Check, Evidence, Report, ReportError, Section, read, write
 
 FULL = Report(
     kind="doctor",

@@ -4,21 +4,13 @@ memory that is not there."""
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_ascend_rollout.server.state import (
-    TABLE,
-    Action,
-    EngineInDoubtError,
-    Lifecycle,
-    Plan,
-    Request,
-    State,
-)
+from verl_ascend_rollout.engine.lifecycle import TABLE, Action, EngineNotReadyError, Lifecycle, Plan, Request, State
 
 STATES = get_args(State)
 REQUESTS = get_args(Request)
@@ -79,9 +71,9 @@ def test_a_failed_step_is_dirty_until_the_kv_cache_is_back() -> None:
 
 
 def test_after_a_failed_sync_nothing_runs_and_no_kv_cache_is_made() -> None:
-    life = dataclasses.replace(Lifecycle(state="weights_only"), weights_doubt="the last weight sync failed: cut off")
+    life = dataclasses.replace(Lifecycle(state="weights_only"), weights_stale="the last weight sync failed: cut off")
     for request in ("wake_kv_cache", "wake_all"):
-        with pytest.raises(EngineInDoubtError, match=r"not made again: the last weight sync failed: cut off"):
+        with pytest.raises(EngineNotReadyError, match=r"not made again: the last weight sync failed: cut off"):
             life.plan(request)
     assert "cut off" in life.refusal and not life.waits
     assert after(life.synced(), "wake_kv_cache").runs
@@ -90,7 +82,7 @@ def test_after_a_failed_sync_nothing_runs_and_no_kv_cache_is_made() -> None:
 def test_weights_that_sleep_discarded_are_never_generated_with() -> None:
     life = dataclasses.replace(after(Lifecycle(), "sleep"), weights_discarded=True)
     assert life.waits, "a request that comes while asleep waits: the sync is still to come"
-    with pytest.raises(EngineInDoubtError, match="level 2 discarded"):
+    with pytest.raises(EngineNotReadyError, match="level 2 discarded"):
         life.plan("wake_kv_cache")
     woken = after(life, "wake_all")
     assert woken.state == "awake" and not woken.runs
@@ -142,7 +134,7 @@ def test_whatever_is_called_in_whatever_order(steps: list[str]) -> None:
             assert memory.weights, "a sync writes into them"
             life = life.synced()
         elif step == "fail_sync":
-            life = dataclasses.replace(life, weights_doubt="cut off")
+            life = dataclasses.replace(life, weights_stale="cut off")
         elif step == "abort":
             life = dataclasses.replace(life, aborted=True)
         elif step == "resume":
@@ -155,8 +147,8 @@ def test_whatever_is_called_in_whatever_order(steps: list[str]) -> None:
             was = life
             try:
                 plan = life.plan(step)  # type: ignore[arg-type]
-            except EngineInDoubtError:
-                assert life.weights_doubt or life.weights_discarded
+            except EngineNotReadyError:
+                assert life.weights_stale or life.weights_discarded
                 continue
             for action in plan.actions:
                 if was.state == "dirty" and action in ("sleep", "free") and not (memory.weights and memory.kv_cache):
@@ -171,6 +163,17 @@ def test_whatever_is_called_in_whatever_order(steps: list[str]) -> None:
         assert not (life.waits and life.refusal)
     back = dataclasses.replace(life.synced(), aborted=False)
     assert after(back, "wake_all").runs
+
+
+@pytest.mark.parametrize(
+    ("state", "away"), [("awake", False), ("weights_only", False), ("asleep", True), ("dirty", True)]
+)
+def test_a_sync_wakes_weights_that_a_failed_step_may_have_left_away(state: Any, away: bool) -> None:
+    """Writing into memory that is not mapped ends the worker; a wake-up too many does nothing."""
+    life = Lifecycle(state)
+    assert life.weights_may_be_away is away
+    if away:
+        assert "wake_weights" in life.plan("wake_weights").actions
 
 
 def test_plans_are_values() -> None:

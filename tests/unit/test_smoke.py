@@ -18,15 +18,25 @@ from xml.etree import ElementTree
 
 import pytest
 
-from verl_ascend_rollout import smoke, toy_checkpoint
-from verl_ascend_rollout.checks.smoke import bundle, cli, lines, measured, parity, request, run, text
-from verl_ascend_rollout.checks.smoke.lines import Circumstances
-from verl_ascend_rollout.checks.smoke.measured import Output, Smoke
-from verl_ascend_rollout.checks.smoke.request import Options, RequestError
-from verl_ascend_rollout.cli import main
 from verl_ascend_rollout.platforms.base import PlatformFacts
 from verl_ascend_rollout.platforms.detect import planned
-from verl_ascend_rollout.report import read
+from verl_ascend_rollout.tools import supervisor, toy_checkpoint
+from verl_ascend_rollout.tools.cli import main
+from verl_ascend_rollout.tools.report import read
+from verl_ascend_rollout.tools.smoke import (
+    __main__,
+    bundle,
+    cli,
+    lines,
+    measured,
+    parity,
+    request,
+    run,
+    text,
+)
+from verl_ascend_rollout.tools.smoke.lines import Circumstances
+from verl_ascend_rollout.tools.smoke.measured import Output, Smoke
+from verl_ascend_rollout.tools.smoke.request import Options, RequestError
 
 EAGER_CPU = Circumstances("cpu", eager=True)
 EAGER_NPU = Circumstances("npu", eager=True)
@@ -115,8 +125,8 @@ def test_without_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(smoke, "NEEDED", ("json", "not_there_at_all"))
-    assert smoke.main(["--tiny"]) == 2
+    monkeypatch.setattr(__main__, "NEEDED", ("json", "not_there_at_all"))
+    assert __main__.main(["--tiny"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ascend-safe smoke needs not_there_at_all, not installed in ")
 
@@ -131,6 +141,9 @@ def test_what_is_asked_of_the_engine(tmp_path: Path) -> None:
     assert asked.arguments["kv_cache_memory_bytes"] == request.TINY_KV_BYTES
     assert asked.arguments["enforce_eager"] is asked.decisions["enforce_eager"].value
     assert "block_size" not in asked.arguments
+    old = request.prepare(Options(None, tmp_path, tiny=True, kv_gib=4), planned("cpu", versions={"vllm": "0.13.0"}), {})
+    assert old.arguments["kv_cache_memory_bytes"] == 4 * 2**30
+    assert "VLLM_CPU_KVCACHE_SPACE" not in old.environment  # the engine sets it, from that
     gpu = PlatformFacts("cuda", "nvidia", 1, None, "GPU", "CUDA_VISIBLE_DEVICES")
     graphs = request.prepare(Options(None, tmp_path, tiny=True, eager=False), gpu, {})
     assert graphs.arguments["enforce_eager"] is False
@@ -147,8 +160,8 @@ def test_child_processes_get_our_package_where_it_is_not_installed(monkeypatch: 
 
 def test_the_parent_imports_neither_torch_nor_vllm() -> None:
     code = (
-        "import sys; from verl_ascend_rollout import smoke, cli; "
-        "from verl_ascend_rollout.checks.smoke import run, bundle; "
+        "import sys; from verl_ascend_rollout.tools import smoke, cli; "
+        "from verl_ascend_rollout.tools.smoke import run, bundle; "
         "print([name for name in ('torch', 'vllm', 'verl', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -326,7 +339,7 @@ WORKER = {
 ENGINE = f"""
 phase("imports"); tell(kind="fact", name="imports", value=1.0); phase("imports", "end"); phase("engine")
 print("ascend-safe smoke: step load_model", flush=True)
-time.sleep(0.5); phase("engine", "end")
+time.sleep(0.1); phase("engine", "end")
 tell(kind="fact", name="total", value=10.0)
 tell(kind="fact", name="workers", value=[json.loads({json.dumps(WORKER)!r})])
 """
@@ -353,10 +366,11 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
     """Runs the command with children that run the programs given; the status, what was said, and the report."""
 
     def command(programs: dict[str, str], *options: str) -> tuple[int, str, Any]:
-        def child(module: str, asked: Path) -> list[str]:
-            return [sys.executable, "-c", CHILD + programs[module], str(asked)]
+        def child(which: str, asked: Path) -> list[str]:
+            return [sys.executable, "-c", CHILD + programs[which], str(asked)]
 
         monkeypatch.setattr(run, "child_command", child)
+        monkeypatch.setattr(supervisor, "TICK", 0.02)
         status = main(["smoke", "--tiny", "--out", str(tmp_path / "out"), *options])
         said = capsys.readouterr()
         assert "Traceback" not in said.out + said.err
@@ -369,8 +383,13 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
     return command
 
 
+def test_the_engines_log_is_redacted_when_it_ends(play: Any, tmp_path: Path) -> None:
+    play({"engine": "print('serve --token abcdef123', flush=True)\n" + ENGINE + CALLS, "reference": REFERENCE})
+    assert "serve --token [secret]\n" in (tmp_path / "out" / "engine.log").read_text()
+
+
 def test_a_run_to_the_end(play: Any, tmp_path: Path) -> None:
-    status, said, report = play({"child": ENGINE + CALLS, "reference": REFERENCE})
+    status, said, report = play({"engine": ENGINE + CALLS, "reference": REFERENCE})
     assert status == 0
     assert "engine: loading weights" in said
     checks = {check.name: check for check in report.checks}
@@ -387,13 +406,13 @@ def test_a_run_to_the_end(play: Any, tmp_path: Path) -> None:
     assert facts.command.startswith("ascend-safe smoke")
     markdown = (tmp_path / "out" / "smoke.md").read_text()
     assert text.TINY_NOTE in markdown
-    assert "2.000 s for 4 tokens after 3 of the prompt" in markdown
+    assert "2 s for 4 tokens after 3 of the prompt (median of 3, slowest over fastest 1.50)" in markdown
 
 
 def test_a_stand_in_is_named_everywhere(play: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VERL_PLATFORM", "npu")
     program = ENGINE.replace('"stand_in": ""', '"stand_in": "a stand-in CANN"')
-    _, said, report = play({"child": program + CALLS, "reference": REFERENCE})
+    _, said, report = play({"engine": program + CALLS, "reference": REFERENCE})
     facts = Smoke.of(report)
     assert facts.platform is not None and facts.platform.stand_in == "a stand-in CANN"
     assert report.title.endswith("on a stand-in CANN")
@@ -408,11 +427,11 @@ def test_out_of_time(play: Any, tmp_path: Path) -> None:
         "import signal; signal.signal(signal.SIGTERM, lambda *_: (print('WARNING 11-22 04:00:00 dying', flush=True), "
         "sys.exit(1)))\nprint('waiting for the moon', flush=True)\ntime.sleep(600)"
     )
-    status, said, report = play({"child": ENGINE.replace("time.sleep(0.5)", hangs)}, "--timeout", "3")
+    status, said, report = play({"engine": ENGINE.replace("time.sleep(0.1)", hangs)}, "--timeout", "1.5")
     assert status == 1
     check = next(check for check in report.checks if check.name == "engine.start")
     assert check.verdict == "fail"
-    assert check.summary == "the phase 'engine' was not done when the time was up (3 s in all)"
+    assert check.summary == "the phase 'engine' was not done when the time was up (1.5 s in all)"
     assert check.evidence[-1].what == "waiting for the moon"  # and not what it says when it is ended
     assert not Smoke.of(report).warnings.unknown
     assert "dying" in (tmp_path / "out" / "engine.log").read_text()
@@ -422,7 +441,7 @@ def test_out_of_time(play: Any, tmp_path: Path) -> None:
 
 
 def test_out_of_time_in_a_check_keeps_what_was_known(play: Any) -> None:
-    status, _, report = play({"child": ENGINE + CALLS + "phase('weights.reload'); time.sleep(600)"}, "--timeout", "4")
+    status, _, report = play({"engine": ENGINE + CALLS + "phase('weights.reload'); time.sleep(600)"}, "--timeout", "2")
     assert status == 1
     checks = {check.name: check for check in report.checks}
     assert checks["engine.start"].verdict == "pass"
@@ -434,7 +453,7 @@ def test_out_of_time_in_a_check_keeps_what_was_known(play: Any) -> None:
 
 def test_a_crash_names_the_root_and_shows_no_traceback(play: Any) -> None:
     crash = f"print({VLLM_CRASH!r}, flush=True)\nos._exit(1)"
-    status, said, report = play({"child": ENGINE.replace("time.sleep(0.5)", crash)})
+    status, said, report = play({"engine": ENGINE.replace("time.sleep(0.1)", crash)})
     assert status == 1
     check = next(check for check in report.checks if check.name == "engine.start")
     assert check.summary == ("it ended in the phase 'engine': SafetensorError: Error while deserializing header")
@@ -442,14 +461,14 @@ def test_a_crash_names_the_root_and_shows_no_traceback(play: Any) -> None:
 
 
 def test_a_process_that_is_killed(play: Any) -> None:
-    status, said, _ = play({"child": ENGINE.replace("time.sleep(0.5)", "os.kill(os.getpid(), 9)")})
+    status, said, _ = play({"engine": ENGINE.replace("time.sleep(0.1)", "os.kill(os.getpid(), 9)")})
     assert status == 1
     assert "was killed (signal 9), as the system does when memory runs out" in said
 
 
 def test_a_reference_that_cannot_be_computed_is_unknown(play: Any) -> None:
     program = "phase('output.reference'); tell(kind='error', phase='x', text='ImportError: no such model'); sys.exit(1)"
-    status, _, report = play({"child": ENGINE + CALLS, "reference": program})
+    status, _, report = play({"engine": ENGINE + CALLS, "reference": program})
     assert status == 0
     check = next(check for check in report.checks if check.name == parity.NAME)
     assert (check.verdict, check.summary) == (
@@ -460,24 +479,24 @@ def test_a_reference_that_cannot_be_computed_is_unknown(play: Any) -> None:
 
 def test_a_reference_that_does_not_fit_is_skipped_with_the_numbers(play: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.machine, "available_memory", lambda: 2**29)
-    _, _, report = play({"child": ENGINE + CALLS})
+    _, _, report = play({"engine": ENGINE + CALLS})
     check = next(check for check in report.checks if check.name == parity.NAME)
     assert check.verdict == "skip"
     assert "GiB in float32 (0.00 billion parameters), and 0.5 GiB of memory are available" in check.summary
 
 
 def test_skipped_checks_say_so(play: Any) -> None:
-    _, _, report = play({"child": ENGINE + CALLS}, "--skip", parity.NAME, "--skip", "log.warnings")
+    _, _, report = play({"engine": ENGINE + CALLS}, "--skip", parity.NAME, "--skip", "log.warnings")
     skipped = {check.name: check.summary for check in report.checks if check.summary == "left out with --skip"}
     assert set(skipped) == {parity.NAME, "log.warnings"}
 
 
 def test_ctrl_c_writes_the_report(tmp_path: Path) -> None:
     """As a user presses it: SIGINT to the command, which runs in the foreground."""
-    program = CHILD + ENGINE.replace("time.sleep(0.5)", "tell(kind='up'); time.sleep(600)")
+    program = CHILD + ENGINE.replace("time.sleep(0.1)", "tell(kind='up'); time.sleep(600)")
     code = (
-        "import sys; from verl_ascend_rollout.checks.smoke import run; from verl_ascend_rollout.cli import main; "
-        f"run.child_command = lambda module, asked: [sys.executable, '-c', {program!r}]; "
+        "import sys; from verl_ascend_rollout.tools.smoke import run; from verl_ascend_rollout.tools.cli import main; "
+        f"run.child_command = lambda which, asked: [sys.executable, '-c', {program!r}]; "
         f"sys.exit(main(['smoke', '--tiny', '--out', {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from verl_ascend_rollout.worker.weights import bracket, layout, tied
+from verl_ascend_rollout.worker.weights import layout, tied
+from verl_ascend_rollout.worker.weights import sync as weight_sync
+from verl_ascend_rollout.worker.weights.manifest import Manifest, WeightSyncError
 from verl_ascend_rollout.worker.weights.plan import Plan
-from verl_ascend_rollout.worker.weights.verify import Manifest, WeightSyncError
 
 EMBEDDING, HEAD = "embed.weight", "lm_head.weight"
 
@@ -41,7 +42,7 @@ class FakeModel(torch.nn.Module):
 
 
 def sync(model: FakeModel, stream: list[tuple[str, torch.Tensor]]) -> None:
-    with bracket.reload(model, types.SimpleNamespace(dtype=torch.float32), Manifest()) as load:
+    with weight_sync.reload(model, types.SimpleNamespace(dtype=torch.float32), Manifest()) as load:
         for pair in stream:
             load([pair])
 
@@ -77,7 +78,7 @@ def test_later_syncs_take_either_name_as_well(names: list[str]) -> None:
     model, plan = FakeModel(), Plan()
     for _ in range(3):
         tensor = torch.randn(4, 2)
-        with bracket.reload(model, types.SimpleNamespace(dtype=torch.float32), Manifest(), plan) as load:
+        with weight_sync.reload(model, types.SimpleNamespace(dtype=torch.float32), Manifest(), plan) as load:
             for name in names:
                 load([(name, tensor)])
         assert torch.equal(model.lm_head.weight, tensor)

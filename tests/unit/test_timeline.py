@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from verl_ascend_rollout import events, timeline
-from verl_ascend_rollout.cli import main
+from verl_ascend_rollout import events
 from verl_ascend_rollout.events import Event, Process
+from verl_ascend_rollout.tools import timeline
+from verl_ascend_rollout.tools.cli import main
 
 GIB = 1 << 30
 
@@ -28,20 +29,20 @@ def at(end: float, seconds: float, step: str, process: Process, **fields: Any) -
 
 
 def one_step_on_a_cpu(start: float, number: int) -> list[Event]:
-    """Two workers free, train 4 s, sync, init, and generate for 10 s: what the rung `direct` leaves, 16 s a step."""
+    """Two workers free, train 4 s, sync, init, and generate for 10 s: what `reallocate` leaves, 16 s a step."""
     kv = {
         "bytes_before": GIB,
         "bytes_after": 0,
         "rss_before": 3 * GIB,
         "rss_after": 2 * GIB,
-        "detail": {"rung": "direct"},
+        "detail": {"rung": "reallocate"},
     }
     back = {
         "bytes_before": 0,
         "bytes_after": GIB,
         "rss_before": 2 * GIB,
         "rss_after": 3 * GIB,
-        "detail": {"rung": "direct"},
+        "detail": {"rung": "reallocate"},
     }
     return [
         at(start + 0.5, 0.5, "free", "worker", pid=1, **kv),
@@ -112,7 +113,7 @@ def test_phases_of_sleep_mode_which_wakes_in_two_goes(tmp_path: Path) -> None:
 
 
 def test_a_step_that_changed_nothing_is_no_phase(tmp_path: Path) -> None:
-    again = {"bytes_before": 0, "bytes_after": 0, "detail": {"rung": "direct", "changed": False}}
+    again = {"bytes_before": 0, "bytes_after": 0, "detail": {"rung": "reallocate", "changed": False}}
     file = write(
         tmp_path / "events",
         at(1.0, 1.0, "free", "worker"),
@@ -141,6 +142,15 @@ def test_json_has_the_same_numbers(recorded: Path, capsys: pytest.CaptureFixture
     assert sum(phase["share"] for phase in report["phases"].values()) == pytest.approx(1.0)
     assert {"step": "sync", "process": "trainer", "count": 3, "seconds": 1.5, "bytes": None} in report["steps"]
     assert len(report["timeline"]) == 15
+
+
+def test_workers_of_two_nodes_with_one_process_number_are_two(tmp_path: Path) -> None:
+    steps = [
+        at(10.0 + second, 1.0, "free", "worker", pid=7, host=host, bytes_before=GIB, bytes_after=0)
+        for second, host in enumerate("ab")
+    ]
+    found = timeline.curves(events.load(write(tmp_path / "events.jsonl", *steps)).events)
+    assert set(found) == {"KV cache, worker 7 on a", "KV cache, worker 7 on b"}
 
 
 def test_curves_are_the_memory_of_each_process(recorded: Path) -> None:
@@ -190,6 +200,39 @@ def test_a_file_without_events_is_one_sentence(
     assert says in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"seconds": 10**400},
+        {"time": 1e308},
+        {"time": -1e308, "seconds": 1e308},
+        {"detail": {"tags": 5}},
+        {"bytes_before": 1e300, "bytes_after": 0},
+        {"step": ["free"]},
+        {"detail": None},
+    ],
+)
+def test_a_line_that_cannot_be_an_event_is_left_out(
+    recorded: Path, tmp_path: Path, fields: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"step": "wake_up", "process": "server", "seconds": 1.0, "time": 120.0, "schema": "1.0", **fields}
+    with recorded.open("a") as opened:
+        opened.write(json.dumps(line) + "\n" + "[" * 100_000 + "\n")
+    assert main(["timeline", str(recorded), "--out", str(tmp_path / "p.png")]) == 0
+    assert "\n2 line(s) are no events and are left out" in capsys.readouterr().out
+
+
+def test_what_a_file_says_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "events\x1b[31m"
+    event = {"step": "fr\x1b[2Jee [bold]", "process": "wor\rker\u009b", "seconds": 1, "time": 120, "host": ["a"]}
+    file.write_text(json.dumps(event) + "\n")
+    assert main(["timeline", str(file), "--out", str(tmp_path / "p\x07.png")]) == 0
+    assert main(["timeline", str(tmp_path / "gone\x1b[31m")]) == 2
+    told = "".join(capsys.readouterr())
+    assert not set(told) & {"\x1b", "\r", "\x07", "\u009b"}
+    assert "[bold]" in told
 
 
 @pytest.mark.parametrize("out", ["missing/p.png", "p.nothing"])

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy
 import pytest
 
-from verl_ascend_rollout import toy_checkpoint
-from verl_ascend_rollout.checks.smoke import checkpoint, request
-from verl_ascend_rollout.toy_model import Geometry
+from verl_ascend_rollout.tools import toy_checkpoint
+from verl_ascend_rollout.tools.smoke import checkpoint, request
+from verl_ascend_rollout.tools.toy_model import Geometry
 
 
 def _hashes(folder: Path) -> dict[str, str]:

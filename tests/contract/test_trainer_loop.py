@@ -1,0 +1,110 @@
+"""A trainer's loop ends when a rollout server says that its engine is dead, wherever it waits: in real Ray actors.
+
+The server and the replica are fake; what ends the loop, the loop's waits and the driver's exception are real.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+SENTENCE = "The rollout engine of replica 0 died while it was awake: for the test"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def trainer_and_server(ray: Any) -> tuple[Any, Any]:
+    @ray.remote(max_concurrency=10)
+    class Server:
+        async def engine_death(self, after: float = 1.0) -> str:
+            import asyncio
+
+            await asyncio.sleep(after)
+            return SENTENCE
+
+        async def never(self) -> None:
+            import asyncio
+
+            await asyncio.Event().wait()
+
+    @ray.remote
+    class Trainer:
+        def fit(self, server: Any, where: str) -> str:
+            import asyncio
+            import contextlib
+            import threading
+            import time
+            from types import SimpleNamespace
+
+            from verl_ascend_rollout.integration import engine_death
+
+            class Replica(SimpleNamespace):
+                __hash__ = object.__hash__
+
+            replica = Replica(servers=[server])
+            engine_death.follow(replica)
+            with engine_death.ends_the_job():
+                if where == "ray.get":
+                    ray.get(server.never.remote())
+                elif where == "asyncio":
+                    asyncio.run(asyncio.Event().wait())
+                elif where == "lock":
+                    threading.Event().wait()
+                elif where == "a call that failed":
+                    time.sleep(1.2)
+                    raise RuntimeError("EngineCore encountered an issue")
+                elif where == "swallowed":
+                    while True:
+                        with contextlib.suppress(BaseException):
+                            time.sleep(0.1)
+                elif where == "ends before":
+                    return "trained"
+                while True:
+                    time.sleep(0.1)
+
+    return Trainer.remote(), Server.remote()
+
+
+@pytest.mark.parametrize("where", ["polling", "ray.get", "asyncio", "lock", "a call that failed"])
+def test_wherever_the_loop_waits_it_ends_with_the_sentence(cluster: Any, where: str) -> None:
+    from verl_ascend_rollout.engine.death import EngineDiedError
+
+    trainer, server = trainer_and_server(cluster)
+    started = time.perf_counter()
+    with pytest.raises(EngineDiedError, match=SENTENCE) as error:
+        cluster.get(trainer.fit.remote(server, where), timeout=60)
+    assert str(error.value).strip().endswith(SENTENCE), "the cause is in the last line"
+    assert time.perf_counter() - started < 20
+
+
+def test_a_loop_that_swallows_everything_is_ended_with_its_process(cluster: Any) -> None:
+    trainer, server = trainer_and_server(cluster)
+    with pytest.raises(cluster.exceptions.ActorDiedError):
+        cluster.get(trainer.fit.remote(server, "swallowed"), timeout=60)
+
+
+def test_a_server_that_is_killed_ends_the_loop_as_well(cluster: Any) -> None:
+    from verl_ascend_rollout.engine.death import EngineDiedError
+
+    trainer, server = trainer_and_server(cluster)
+    # An engine that lives, until then.
+    running = trainer.fit.remote(server, "ray.get")
+    time.sleep(0.2)
+    cluster.kill(server)
+    with pytest.raises(EngineDiedError, match="A rollout server died, and its engine with it|" + SENTENCE):
+        cluster.get(running, timeout=60)
+
+
+def test_control_a_loop_that_ends_before_is_left_alone(cluster: Any) -> None:
+    trainer, server = trainer_and_server(cluster)
+    assert cluster.get(trainer.fit.remote(server, "ends before"), timeout=60) == "trained"

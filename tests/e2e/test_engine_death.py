@@ -1,0 +1,108 @@
+"""A GRPO job whose rollout engine is killed: it ends with one sentence, or, with `restart`, it goes on and learns.
+
+ASCEND_SAFE_KILLS=10 ASCEND_SAFE_STEPS=30 make the second that many, at random moments; ASCEND_SAFE_SEED draws others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from killed_engine import STATES, TITLES, job, processes
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
+
+KILLS = int(os.environ.get("ASCEND_SAFE_KILLS", "2"))
+STEPS = int(os.environ.get("ASCEND_SAFE_STEPS", "6"))
+SEED = int(os.environ.get("ASCEND_SAFE_SEED", "1"))
+SECONDS = 10 + 5 * os.getloadavg()[0]
+"""In which a job must have ended: ten on a machine that does nothing else."""
+
+OPTION = "actor_rollout_ref.rollout.engine_kwargs.ascend_safe"
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+LONG = pytest.mark.long
+FORMS = [
+    ("EngineCore", "generate", "v1"),
+    ("worker", "sync", "legacy"),
+    pytest.param("EngineCore", "generate", "legacy", marks=LONG),
+    pytest.param("worker", "sync", "v1", marks=LONG),
+]
+
+
+@pytest.mark.parametrize(("part", "state", "trainer"), FORMS)
+def test_a_job_ends_with_one_sentence(tmp_path: Path, part: str, state: str, trainer: str) -> None:
+    assert state in STATES and part in TITLES
+    settings = [f"trainer.use_v1={trainer == 'v1'}"]
+    with job(tmp_path / "run", *settings, PYTHON=sys.executable, STEPS="4") as running:
+        killed = running.kill(part, state, step=1)
+        code = running.process.wait(timeout=120)
+        seconds = time.time() - killed
+        lines = running.log.read_text().splitlines()
+        time.sleep(3)
+        left = processes(running.out)
+    print(f"\n{trainer}, {part} while {state}: exit code {code} after {seconds:.1f} s, {len(lines)} lines; {lines[-1]}")
+    assert code == 1
+    assert re.match(
+        r"ascend_safe: The rollout engine of replica 0 died while it .*\(process \d+\).* are in /", lines[-1]
+    )
+    assert sum("died while it" in line and " ERROR:" in line for line in lines) == 1
+    assert len(lines) < 3000
+    assert seconds < SECONDS
+    assert not left
+
+
+@pytest.mark.long
+def test_a_job_goes_on_with_an_engine_that_is_made_again(tmp_path: Path) -> None:
+    source, before = random.Random(SEED), shared_memory()
+    settings = [f"{OPTION}.on_engine_death=restart", f"{OPTION}.max_engine_restarts={KILLS}"]
+    killed = []
+    with job(tmp_path / "run", *settings, PYTHON=sys.executable, STEPS=str(STEPS)) as running:
+        # One in each part of the job, at any moment of it.
+        for number in range(KILLS):
+            step = 1 + number * (STEPS - 2) // KILLS
+            running.wait_for(lambda step=step: running.steps() >= step, seconds=600)
+            time.sleep(source.uniform(0, 4))
+            running.wait_for(lambda number=number: running.count("restart", "server") == number)
+            part = source.choice(sorted(TITLES))
+            try:
+                running.part(part).kill()
+            except (ValueError, psutil.NoSuchProcess):
+                continue
+            killed.append((time.time(), part))
+            running.wait_for(lambda: running.count("restart", "server") == len(killed), seconds=600)
+        code = running.process.wait(timeout=900)
+        metrics = running.metrics()
+        restarts = [event for event in running.events() if event["step"] == "restart"]
+        time.sleep(3)
+        left = processes(running.out)
+        log = running.log.read_text()
+    for (moment, part), event in zip(killed, restarts, strict=True):
+        detail = event["detail"]
+        print(
+            f"{part}: {event['time'] - moment:.1f} s to an engine ({detail['engine_seconds']:.1f} to make it, "
+            f"{detail['weight_seconds']:.1f} for its weights); {detail['cause']}"
+        )
+    rewards = [step["critic/score/mean"] for step in metrics]
+    pearson = [step["training/rollout_actor_probs_pearson_corr"] for step in metrics]
+    print(f"rewards {rewards}\nPearson {min(pearson)}")
+    assert code == 0, log[-3000:]
+    assert len(killed) == KILLS and len(metrics) == STEPS
+    assert log.count("It is made again (") == KILLS
+    assert metrics[-1]["perf/rollout_engine_restarts"] == KILLS
+    assert rewards[-1] > rewards[0] + 0.1
+    assert min(pearson) >= 0.99
+    assert not left
+    assert {name for name in shared_memory() - before if not name.startswith(("sem.", "psm_"))} == set()
+    print(json.dumps({"left in /dev/shm, of all jobs": sorted(shared_memory() - before)}))

@@ -1,0 +1,157 @@
+"""`on_engine_death: restart` on a real engine: EngineCore or its worker is killed -9 in every state, and whoever calls
+the server sees the answers of an engine that never died; weights that are not proven to be the last are not used."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import rollout_server
+from conftest import ENGINE
+
+from verl_ascend_rollout import events
+from verl_ascend_rollout.engine.death import EngineDiedError
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+TOKENS, SECONDS = 40, 180
+PARTS = ("EngineCore", pytest.param("worker", marks=pytest.mark.long))
+
+
+@pytest.fixture(scope="module")
+def restart_events(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("restart") / "events.jsonl"
+
+
+@pytest.fixture(scope="module")
+def mortal(server: Any, checkpoints: Any, restart_events: Path) -> Iterator[Any]:
+    """A second server beside `server`, which never dies."""
+    yield rollout_server.start_server(
+        checkpoints[0].path,
+        restart_events,
+        {"kv_cache_memory_bytes": 2**28, "block_size": 32},
+        {"on_engine_death": "restart", "max_engine_restarts": 12},
+        replica=1,
+        max_model_len=ENGINE["max_model_len"],
+        max_num_seqs=ENGINE["max_num_seqs"],
+    )
+
+
+@pytest.fixture(scope="module")
+def reference(server: Any, checkpoints: Any) -> list[list[list[int]]]:
+    """What an engine that never died says with the weights of each checkpoint."""
+    found = []
+    for checkpoint in checkpoints:
+        server.sync(checkpoint.tensors())
+        found.append(rollout_server.alone(server, TOKENS, SECONDS))
+    assert found[0] != found[1]
+    return found
+
+
+def process(server: Any, part: str) -> psutil.Process:
+    (memory,) = server.call("memory", timeout=SECONDS)
+    worker = psutil.Process(memory["pid"])
+    return worker if part == "worker" else worker.parent()
+
+
+def kill(server: Any, part: str) -> None:
+    process(server, part).send_signal(signal.SIGKILL)
+
+
+def restarts(file: Path) -> list[dict[str, Any]]:
+    return [event for event in events.read(file) if event["step"] == "restart"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_requests_in_flight_run_again_from_their_prompts(
+    mortal: Any, checkpoints: Any, reference: Any, restart_events: Path, part: str
+) -> None:
+    mortal.sync(checkpoints[0].tensors())
+    before = len(list(events.read(restart_events)))
+    prompts = rollout_server.storm_prompts()
+    running = [
+        mortal.start(prompt, f"killed-{part}-{number}", max_tokens=TOKENS, prompt_logprobs=None)
+        for number, prompt in enumerate(prompts)
+    ]
+    time.sleep(0.2)
+    assert len(ray.wait(running, num_returns=len(running), timeout=0)[0]) < len(running)
+    kill(mortal, part)
+    killed = time.time()
+    late = mortal.start(prompts[0], f"late-{part}", max_tokens=TOKENS, prompt_logprobs=None)
+    assert [list(output.token_ids) for output in ray.get(running, timeout=SECONDS)] == reference[0]
+    assert list(ray.get(late, timeout=SECONDS).token_ids) == reference[0][0]
+    assert len(list(events.read(restart_events))) > before
+    event = restarts(restart_events)[-1]
+    assert part.split()[0] in event["detail"]["cause"] or "EngineCore" in event["detail"]["cause"]
+    print(f"\n{part}: {event['time'] - killed:.1f} s from the kill to the engine, {event['detail']}")
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("state", ["asleep", "weights_only"])
+def test_an_engine_that_dies_while_memory_is_away_comes_back_in_that_state(
+    mortal: Any, checkpoints: Any, reference: Any, state: str, part: str
+) -> None:
+    mortal.sync(checkpoints[0].tensors())
+    mortal.call("sleep" if state == "asleep" else "free_cache_engine")
+    kill(mortal, part)
+    (memory,) = mortal.call("memory", timeout=SECONDS)
+    assert mortal.call("explain")["state"] == state and memory["kv_bytes"] == 0
+    mortal.call("wake_up", timeout=SECONDS)
+    assert rollout_server.alone(mortal, TOKENS, SECONDS) == reference[0]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_engine_that_dies_in_a_wake_up_is_woken(mortal: Any, checkpoints: Any, reference: Any, part: str) -> None:
+    mortal.sync(checkpoints[0].tensors())
+    mortal.call("sleep")
+    (memory,) = mortal.call("memory")
+    worker = psutil.Process(memory["pid"])
+    worker.suspend()  # the wake-up waits for it
+    waking = mortal.actor.wake_up.remote()
+    assert ray.wait([waking], timeout=1)[0] == []
+    (worker if part == "worker" else worker.parent()).send_signal(signal.SIGKILL)
+    ray.get(waking, timeout=SECONDS)
+    assert rollout_server.alone(mortal, TOKENS, SECONDS) == reference[0]
+
+
+@pytest.mark.parametrize("part", [pytest.param("EngineCore", marks=pytest.mark.long), "worker"])
+def test_a_sync_in_which_the_engine_dies_brings_its_weights(
+    mortal: Any, checkpoints: Any, reference: Any, part: str
+) -> None:
+    mortal.sync(checkpoints[0].tensors())
+
+    killed = process(mortal, part)  # a worker in a sync answers nothing else
+
+    def weights() -> Iterator[tuple[str, Any]]:
+        for number, pair in enumerate(checkpoints[1].tensors()):
+            if number == 200:
+                killed.send_signal(signal.SIGKILL)
+            yield pair
+
+    mortal.sync(weights(), timeout=SECONDS)
+    assert rollout_server.alone(mortal, TOKENS, SECONDS) == reference[1]
+
+
+def test_weights_that_changed_in_the_snapshot_are_never_used(
+    mortal: Any, checkpoints: Any, restart_events: Path
+) -> None:
+    """The last of this file: the server has no engine afterwards."""
+    mortal.sync(checkpoints[0].tensors())
+    number = len(restarts(restart_events))
+    descriptor = mortal.adapter._snapshot._descriptor
+    byte = os.pread(descriptor, 1, 4096)
+    os.pwrite(descriptor, bytes([byte[0] ^ 1]), 4096)
+    dying = mortal.actor.engine_death.remote()
+    kill(mortal, "EngineCore")
+    said = ray.get(dying, timeout=SECONDS)
+    assert "died while it was awake" in said and "its checksum differs" in said
+    assert len(restarts(restart_events)) == number
+    with pytest.raises(EngineDiedError, match="its checksum differs"):
+        mortal.call("sleep")

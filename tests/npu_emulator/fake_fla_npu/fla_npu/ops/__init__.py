@@ -1,1 +1,0 @@
-"""Fake `fla_npu.ops`: see fla_npu."""
