@@ -56,12 +56,12 @@ def main_ppo(toy: Path, tmp_path: Path) -> Callable[..., Run]:
     """
 
     def run(*overrides: str, module: str = "verl.trainer.main_ppo", **environ: str) -> Run:
-        run, left = once(overrides, module, environ)
-        # A test beside this one may have killed what used a semaphore: ours would be left again.
-        if left:
+        # A test beside this one may have killed what used a semaphore: what is ours would be left every time.
+        for _ in range(3):
             run, left = once(overrides, module, environ)
-        assert left == set()
-        return run
+            if not left:
+                return run
+        pytest.fail(f"{left} stayed in /dev/shm")
 
     def once(overrides: tuple[str, ...], module: str, environ: dict[str, str]) -> tuple[Run, set[str]]:
         mark = uuid.uuid4().hex
