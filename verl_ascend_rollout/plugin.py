@@ -128,9 +128,15 @@ def check_stack() -> contract.Generation:
 
 
 def verl_version() -> str:
-    """Return verl's name and version, for a sentence; a checkout that was not installed has none."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return f"verl {importlib.metadata.version('verl')}"
+    """Return verl's name and the version that it gives itself, for a sentence.
+
+    Not its metadata's: a checkout of verl's main on the path may lie over an installed release.
+    """
+    folder = probe.folder()
+    with contextlib.suppress(OSError):
+        if folder is not None:
+            # What `verl.__version__` is read from (verl 0.7.1 to main, verl/__init__.py).
+            return f"verl {(folder / 'version' / 'version').read_text(encoding='utf-8').strip()}"
     return "this verl"
 
 

@@ -78,15 +78,16 @@ TRAIN = tuple(
 )
 
 PHASES = (
-    ("importing verl", None),
-    ("starting Ray", "ray init kwargs"),
-    ("Ray up, importing the trainer", "Started a local Ray instance"),
-    ("starting the actor (FSDP2)", "worker group kwargs"),
-    ("starting the vLLM engine", "actor and ref model engine initialized"),
-    ("engine up, first weight sync", "LLMServerManager:"),
-    ("training", "Creating file logger at"),
+    ("importing verl", ()),
+    ("starting Ray", ("ray init kwargs",)),
+    ("Ray up, importing the trainer", ("Started a local Ray instance", "Connected to Ray cluster")),
+    ("starting the actor (FSDP2)", ("worker group kwargs", "(WorkerDict pid=")),
+    ("starting the vLLM engine", ("actor and ref model engine initialized", "vLLMHttpServer, replica_rank")),
+    ("engine up, first weight sync", ("LLMServerManager:", "AgentLoopManager:")),
+    ("training", ("Creating file logger at", "Training Progress:")),
 )
-"""Phases of the start-up, each with the text in verl's or Ray's log that begins it (verl 0.9.1, ray 2.60)."""
+"""Phases of the start-up, each with the texts in verl's or Ray's log of which one begins it (ray 2.60; verl 0.9.1, and
+second what verl 0.7.1 and 0.8.0 print)."""
 
 IMPORT_FIX = "import fix: "
 """What ascend_safe says where a folder hides the real vLLM (verl_ascend_rollout/import_fix/__init__.py)."""
@@ -440,8 +441,8 @@ class Training:
     def _take(self, line: str) -> None:
         if IMPORT_FIX in line:
             self.screen.line(line)
-        for index, (_, marker) in enumerate(self._ahead):
-            if marker is not None and marker in line:
+        for index, (_, markers) in enumerate(self._ahead):
+            if any(marker in line for marker in markers):
                 self._begin(index)
                 break
 

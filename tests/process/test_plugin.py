@@ -89,7 +89,7 @@ def test_a_checkout_of_verl_that_lacks_names_is_told_which(
     file.write_text(file.read_text(encoding="utf-8").replace("_init_config", "_read_config"), encoding="utf-8")
     answer = fresh_process(what_an_unknown_verl_is_told, path=str(tmp_path), **UNSET)
     assert answer.value[1] == (
-        "this verl lacks what the rollout 'ascend_safe' is built on: vLLMHttpServer._init_config(config); verl 0.7.1, "
+        "verl 0.8.0 lacks what the rollout 'ascend_safe' is built on: vLLMHttpServer._init_config(config); verl 0.7.1, "
         "0.8.0, 0.9.0 and 0.9.1 have all of it, and `ascend-safe doctor` says what each is for"
     )
 

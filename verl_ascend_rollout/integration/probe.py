@@ -77,20 +77,27 @@ def files(module: str) -> tuple[str, str]:
     return f"{path}.py", f"{path}/__init__.py"
 
 
-def installed() -> Trees | None:
-    """Return the verl that this process imports, or would; `None` where there is none."""
+def folder() -> Path | None:
+    """Return where the verl lies that this process imports, or would; `None` where there is none."""
     try:
         spec = importlib.util.find_spec("verl")
     except ValueError:  # something without a spec under that name
         spec = None
     if spec is None or not spec.submodule_search_locations:
         return None
-    folder = Path(next(iter(spec.submodule_search_locations)))
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def installed() -> Trees | None:
+    """Return the source of that verl; `None` where there is none."""
+    verl = folder()
+    if verl is None:
+        return None
 
     @functools.cache
     def tree(file: str) -> ast.Module | None:
         try:
-            return ast.parse((folder / file.removeprefix("verl/")).read_bytes())
+            return ast.parse((verl / file.removeprefix("verl/")).read_bytes())
         except (OSError, SyntaxError, ValueError):
             return None
 
