@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from verl_ascend_rollout.engine import causes
 from verl_ascend_rollout.platforms.base import PlatformFacts
 from verl_ascend_rollout.platforms.detect import planned
 from verl_ascend_rollout.tools import supervisor, toy_checkpoint
@@ -282,7 +283,7 @@ pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
     ],
 )
 def test_the_root_of_an_error(printed: str, root: str) -> None:
-    assert lines.root_error(printed.splitlines()) == root
+    assert causes.root_error(printed.splitlines()) == root
 
 
 # parity --------------------------------------------------------------------------------------------------------------

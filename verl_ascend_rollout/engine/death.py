@@ -65,6 +65,11 @@ class Watch:
         """Whether the engine is known to be dead."""
         return self.cause.done()
 
+    @property
+    def killed(self) -> bool:
+        """Whether a signal ended an EngineCore, so that nothing that it printed is the cause."""
+        return any((core.exitcode or 0) < 0 for core in self.cores.values())
+
     def look(self) -> bool:
         """Look at the processes now; whether the engine is dead."""
         if self.died:

@@ -27,7 +27,8 @@ from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
 from verl_ascend_rollout import events
-from verl_ascend_rollout.engine import death, routing_record, vllm_api, workers
+from verl_ascend_rollout.engine import causes, death, routing_record, vllm_api, workers
+from verl_ascend_rollout.engine.causes import EngineStartError
 from verl_ascend_rollout.engine.death import EngineDiedError
 from verl_ascend_rollout.engine.lifecycle import EngineNotReadyError, Lifecycle, Request
 from verl_ascend_rollout.engine.metrics import SYNC_METHOD, step_of
@@ -150,14 +151,31 @@ class AscendSafeHttpServer(vLLMHttpServer):
         return WORKER_EXTENSION
 
     async def run_server(self, args: Any) -> None:
-        """Start the engine, then hand the decisions to its workers, which take what works there."""
+        """Start the engine, then hand the decisions to its workers, which take what works there.
+
+        Raises:
+            EngineStartError: with the cause, out of what the engine printed or vLLM raised.
+            EngineDiedError: a process of the engine was killed, or said nothing.
+        """
         self._args = args
         watch = death.Watch()
         watching = asyncio.create_task(watch.watch())
+        printed = causes.Printed()
         try:
             await watch.while_alive(self._start(watch))
         except EngineDiedError as error:
+            await watching  # by then it has printed why
+            cause = "" if watch.killed else causes.root_error(printed.lines())
+            if cause:
+                raise EngineStartError(self._unstarted(cause)) from None
             raise EngineDiedError(self._obituary("started", str(error))) from None
+        except Exception as error:
+            if type(error).__module__.startswith("verl_ascend_rollout."):
+                raise
+            cause = causes.one_sentence(error)
+            if causes.is_followed(cause):
+                cause = causes.root_error(printed.lines()) or cause
+            raise EngineStartError(self._unstarted(cause)) from error
         self._watch = watch
         self._mourning = asyncio.create_task(self._mourn(watch, watching))
 
@@ -256,6 +274,12 @@ class AscendSafeHttpServer(vLLMHttpServer):
     def _obituary(self, busy: str, cause: str) -> str:
         return (
             f"The rollout engine of replica {self.replica_rank} died while it {busy}: {cause}; its last words are in "
+            f"{death.log_of_this_process()}"
+        )
+
+    def _unstarted(self, cause: str) -> str:
+        return (
+            f"The rollout engine of replica {self.replica_rank} did not start: {cause}; all that was printed is in "
             f"{death.log_of_this_process()}"
         )
 

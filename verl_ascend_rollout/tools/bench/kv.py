@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from verl_ascend_rollout.engine.causes import root_error
 from verl_ascend_rollout.platforms.detect import detect
 from verl_ascend_rollout.policy.engine_args import EngineRequest, decide
 from verl_ascend_rollout.tools.bench import engine as engines
 from verl_ascend_rollout.tools.bench import table
 from verl_ascend_rollout.tools.bench.table import BenchError, Column
-from verl_ascend_rollout.tools.smoke.lines import root_error
 from verl_ascend_rollout.tools.supervisor import supervise
 from verl_ascend_rollout.tools.toy_model import Geometry
 

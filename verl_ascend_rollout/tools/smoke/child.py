@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from verl_ascend_rollout.engine import causes
 from verl_ascend_rollout.tools.report import Check
-from verl_ascend_rollout.tools.smoke import lines
 from verl_ascend_rollout.tools.smoke.engine import Answer, Engine, Prompt
 from verl_ascend_rollout.tools.supervisor import FD_VARIABLE
 
@@ -63,7 +63,7 @@ def main() -> int:
         {"engine": _engine, "reference": _reference}[which](json.loads(Path(file).read_text(encoding="utf-8")), teller)
     except Exception as error:
         traceback.print_exc()
-        teller.tell("error", text=lines.one_sentence(error))
+        teller.tell("error", text=causes.one_sentence(error))
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""The lines that vLLM and its processes print: warnings, which of them are known, and what an error's cause is.
+"""The lines that vLLM and its processes print: warnings, and which of them are known.
 
 A warning is harmless only under its condition: `cudagraph dispatching keys are not initialized` is what eager mode
 says, and in graph mode it would be news.
@@ -7,14 +7,13 @@ says, and in graph mode it would be news.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from verl_ascend_rollout.engine.causes import MOST_TEXT, PROCESS, VLLM_LINE, plain
 from verl_ascend_rollout.tools.smoke.measured import Warned, Warnings
 
 TRACEBACK = "Traceback (most recent call last)"
-MOST_TEXT = 400
-"""Characters of a line that are kept."""
 
 STEP_MARK = "ascend-safe smoke: step "
 """Before the name of each step of a worker in the log, for the progress display."""
@@ -85,32 +84,21 @@ HARMLESS: dict[str, dict[str, tuple[str, str]]] = {
 """Warnings that are known to be harmless: under which circumstances, what is found in the line, who writes it (release
 and file in which that was read), and why it is harmless."""
 
-# (EngineCore_DP0 pid=123) WARNING 11-22 04:00:00 [cpu.py:145] text
-_PROCESS = r"(?:\((?P<process>[\w.: -]+?)(?: pid=\d+)?\) )*"
-_VLLM = re.compile(
-    rf"^{_PROCESS}(?P<level>DEBUG|INFO|WARNING|ERROR|CRITICAL)(?: +|:)"
-    r"(?:\d\d-\d\d \d\d:\d\d:\d\d )?(?:\[[^\]]*\] )?(?P<text>.*)$"
-)
 # file.py:12: UserWarning: text
 _PYTHON = re.compile(
-    rf"^{_PROCESS}(?P<where>\S*?[\w<>.-]+\.py:\d+|<[^>]+>:\d+): (?P<kind>\w*(?:Warning|Deprecated\w*)): (?P<text>.*)$"
+    rf"^{PROCESS}(?P<where>\S*?[\w<>.-]+\.py:\d+|<[^>]+>:\d+): (?P<kind>\w*(?:Warning|Deprecated\w*)): (?P<text>.*)$"
 )
 # [W1122 04:00:00.123456789 file.cpp:12] Warning: text; [rank0]:[W...; W1122 04:42:39.992000 18589 file.py:72] text
 _TORCH = re.compile(
-    rf"^{_PROCESS}(?:\[rank\d+\]:)?\[?(?P<level>[WEF])\d{{4}} [\d:.]+ +(?:\d+ )?(?P<where>[^\]]*?)\] *(?P<text>.*)$"
+    rf"^{PROCESS}(?:\[rank\d+\]:)?\[?(?P<level>[WEF])\d{{4}} [\d:.]+ +(?:\d+ )?(?P<where>[^\]]*?)\] *(?P<text>.*)$"
 )
-_MARKED = re.compile(rf"^{_PROCESS}\[?(?P<level>WARNING|WARN|ERROR)\b\]?[: ]*(?P<text>.*)$")
-
-
-def plain(line: str) -> str:
-    """Return the line without colours."""
-    return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).rstrip()
+_MARKED = re.compile(rf"^{PROCESS}\[?(?P<level>WARNING|WARN|ERROR)\b\]?[: ]*(?P<text>.*)$")
 
 
 def warning_text(line: str) -> str | None:
     """Return what a warning's or an error's line says, without time and process; `None` for another line."""
     line = plain(line)
-    for pattern in (_PYTHON, _TORCH, _VLLM, _MARKED):
+    for pattern in (_PYTHON, _TORCH, VLLM_LINE, _MARKED):
         match = pattern.match(line)
         if match is None:
             continue
@@ -145,65 +133,3 @@ def classify(lines: Iterable[str], here: Circumstances) -> Warnings:
         into, kind, said = (unknown, kind, ("", "")) if pattern is None else (harmless, pattern, known[pattern])
         into[kind] = replace(into[kind], count=into[kind].count + 1) if kind in into else Warned(text, 1, *said)
     return Warnings(tuple(harmless.values()), tuple(unknown.values()))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# an error's cause
-
-_ERROR = re.compile(
-    r"^(?P<type>[A-Za-z_][\w.]*(?:Error|Exception|Exit|NotFound|OutOfMemory\w*|Refused)): (?P<text>.+)$"
-)
-_FOLLOWS = (
-    "Engine core initialization failed",
-    "WorkerProc initialization failed",
-    "Engine process failed to start",
-    "EngineCore encountered an issue",
-    "EngineCore died",
-    "Executor failed",
-    "cancelled",
-)
-"""What vLLM raises in one process because another has failed: its own words point elsewhere (0.11 to 0.28)."""
-
-
-def root_error(lines: Iterable[str]) -> str:
-    """Return the sentence of the error that the others followed from; empty where no error was printed.
-
-    The first that is printed: a worker prints its own before the engine core prints that a worker failed, and Python
-    prints a chain of exceptions from the first on.
-    """
-    return next((text for text in _errors(lines) if not is_followed(text)), "")
-
-
-def is_followed(text: str) -> bool:
-    """Return whether an error says no more than that another process failed."""
-    return any(word in text for word in _FOLLOWS)
-
-
-def _errors(lines: Iterable[str]) -> Iterator[str]:
-    inside_validation = ""
-    for line in lines:
-        line = plain(line)
-        match = _VLLM.match(line)
-        text = (match["text"] if match else re.sub(rf"^{_PROCESS}", "", line)).strip()
-        if inside_validation:
-            # pydantic's: "1 validation error for ModelConfig", then "  Value error, what is wrong [type=...]".
-            if text.startswith("Value error, ") or "[type=" in text:
-                yield f"{inside_validation}: {text.removeprefix('Value error, ').partition(' [type=')[0]}"
-                inside_validation = ""
-            continue
-        found = _ERROR.match(text)
-        if found is None:
-            continue
-        if found["type"].endswith("ValidationError"):
-            inside_validation = found["type"].rpartition(".")[2]
-            continue
-        name = found["type"].rpartition(".")[2]
-        yield f"{name}: {found['text']}"[:MOST_TEXT]
-
-
-def one_sentence(error: BaseException) -> str:
-    """Return an exception as one sentence, without what pydantic adds."""
-    text = "\n".join(
-        f"{type(error).__name__}: {line}" if not number else line for number, line in enumerate(str(error).splitlines())
-    )
-    return next(_errors(text.splitlines()), "") or f"{type(error).__name__}: {' '.join(str(error).split())}"[:MOST_TEXT]

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 import verl_ascend_rollout
+from verl_ascend_rollout.engine import causes
 from verl_ascend_rollout.tools.report import Check, Evidence, Report, Risk, write
 from verl_ascend_rollout.tools.smoke import lines, machine, measured, parity, text
 from verl_ascend_rollout.tools.smoke.measured import Smoke
@@ -178,7 +179,7 @@ class Run:
         if ended.timed_out or ended.signal:
             self._fail(name, ended)
         elif not ended.well or "reference" not in self.facts:
-            said = self.error or lines.root_error(self.log_lines()) or _how(ended)
+            said = self.error or causes.root_error(self.log_lines()) or _how(ended)
             # Hugging Face's own code may not know the model, or this stack: that says nothing about the engine.
             told = f"the reference could not be computed: {said}"
             self._add(Check(name, "unknown", told, risk="medium", seconds=ended.seconds))
@@ -212,8 +213,8 @@ class Run:
         """Add the check of a phase that did not come to its end."""
         self.ended_in = self.phase
         printed, timeout = self.log_lines(), self.request.options.timeout
-        last = [lines.plain(line)[: lines.MOST_TEXT] for line in printed if line.strip()][-LAST_LINES:]
-        root = lines.root_error(printed)
+        last = [causes.plain(line)[: causes.MOST_TEXT] for line in printed if line.strip()][-LAST_LINES:]
+        root = causes.root_error(printed)
         if ended.signal:
             told, advice = f"stopped by the user in the phase {self.phase!r}", ""
         elif ended.timed_out:
@@ -221,7 +222,7 @@ class Run:
             advice = "say more with --timeout, or look at the end of engine.log for what it waits for"
         else:
             said = self.error
-            if not said or lines.is_followed(said):
+            if not said or causes.is_followed(said):
                 said = root or said or _how(ended)
             told = f"it ended in the phase {self.phase!r}: {said}"
             advice = f"{LOG} in the output folder has all of it"
