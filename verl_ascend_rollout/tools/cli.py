@@ -14,7 +14,7 @@ from verl_ascend_rollout import ROLLOUT_NAME, __version__, events
 from verl_ascend_rollout.platforms.base import PlatformError
 from verl_ascend_rollout.policy import job_config
 from verl_ascend_rollout.policy.engine_args import PolicyError
-from verl_ascend_rollout.tools import explain, terminal, timeline
+from verl_ascend_rollout.tools import completion, explain, terminal, timeline
 from verl_ascend_rollout.tools.bench import cli as bench
 from verl_ascend_rollout.tools.compare import cli as compare
 from verl_ascend_rollout.tools.doctor import cli as doctor
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (explain, bench, timeline, doctor, smoke, compare):
         command.add_parser(commands)
+    completion.add_parser(commands, parser)
     return parser
 
 
