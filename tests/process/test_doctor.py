@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -92,6 +93,7 @@ def test_nothing_is_imported(installation: Installation) -> None:
     live = installation.doctor("--live")
     assert live.status == 1
     assert "torch is broken here" in live.failed()["live.torch"]["summary"]
+    assert re.search(r"^ *\d+\.\d s  live\.torch$", live.err, re.MULTILINE)
 
 
 # --------------------------------------------------------------------------------------------------------------------

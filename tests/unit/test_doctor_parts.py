@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform as machine_names
 import subprocess
 import zipfile
@@ -410,3 +411,40 @@ def test_files_that_are_no_wheels_are_passed_over(tmp_path: Path) -> None:
     for name in ("notes.txt", "nonsense.whl", "vllm-new-py3-none-any.whl"):
         (tmp_path / name).write_text("")
     assert wheels.at_hand(tmp_path, {"vllm": "0.18.0"}) == {}
+
+
+def test_the_cache_of_wheels_is_bounded_and_those_that_were_not_used_for_longest_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_download: list[list[str]]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = wheels.cache_folder()
+    folder.mkdir(parents=True)
+    for age, version in enumerate(("0.18.0", "0.17.0", "0.16.0", "0.15.0")):
+        path = make_wheel(folder, "vllm", version, {"vllm/__init__.py": "#" * 1000})
+        os.utime(path, (10**9 - age, 10**9 - age))
+    size = path.stat().st_size
+    monkeypatch.setattr(wheels, "MOST_BYTES", 2 * size)
+    # The bound is that of the cache: a folder of the user's own stays as it is.
+    main(["doctor", "--for", "vllm==0.15.0", "--wheels", str(folder)])
+    assert len(list(folder.iterdir())) == 4
+    main(["doctor", "--for", "vllm==0.15.0"])
+    assert {path.name.split("-")[1] for path in folder.iterdir()} == {"0.15.0", "0.18.0"}
+    assert no_download == []
+
+
+def test_a_download_shows_pips_bar_in_a_terminal_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[str], object]] = []
+
+    def run(command: list[str], stdout: object, **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append((command, stdout))
+        make_wheel(tmp_path, "verl", "0.9.1", {"verl/__init__.py": ""})
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(wheels.subprocess, "run", run)
+    for terminal in (True, False):
+        monkeypatch.setattr(wheels.sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        wheels.get({"verl": "0.9.1"}, tmp_path).close()
+        (tmp_path / "verl-0.9.1-py3-none-any.whl").unlink()
+    (bar, screen), (quiet, nowhere) = asked
+    assert "--quiet" not in bar and screen is wheels.sys.stderr
+    assert "--quiet" in quiet and nowhere == subprocess.DEVNULL

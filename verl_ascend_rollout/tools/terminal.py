@@ -25,6 +25,9 @@ UNBROKEN = 1_000_000
 
 COLOURS = {"FAIL": "red", "WARN": "yellow", "UNKNOWN": "yellow", "PASS": "green"}
 
+PHASE = re.compile(r" *\d+\.\d s  (.+)")
+"""A line of `Progress`, with the name of the phase."""
+
 
 def width(piped: int = PIPED) -> int:
     """Return how many columns to fill: the terminal's, or those that COLUMNS says, else `piped`."""

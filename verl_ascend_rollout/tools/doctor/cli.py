@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -47,7 +48,7 @@ def add_parser(commands: Any) -> None:
         type=Path,
         metavar="DIR",
         help="with --for: where the wheels are, or are downloaded to (default: verl_ascend_rollout/wheels in the "
-        "user's cache folder)",
+        "user's cache folder, which keeps 2 GiB of them at most)",
     )
     parser.add_argument("--all", action="store_true", help="print every check, also those that passed or do not apply")
     for form, what_for in (("json", "machines"), ("markdown", "people"), ("junit", "CI systems")):
@@ -78,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
             except wheels.WheelError as error:
                 arguments.parser.error(f"--for: {error}")
             stack = wheels.get(wanted, arguments.wheels or wheels.cache_folder())
+            if arguments.wheels is None:
+                wheels.bound(wheels.cache_folder(), stack.wheels)
             report = examine_wheels(stack, soc)
             stack.close()
         else:
@@ -107,7 +110,8 @@ def show(report: Report, every: bool = False) -> None:
         out.print("", f"{hidden} more passed or do not apply: --all shows them.", sep="\n")
     out.print("", "To paste into an issue (redacted; look it over all the same):", "", sep="\n")
     for line in (*_block(clean), "", clean.verdict_line()):
-        out.print(terminal.plain(line), soft_wrap=True)
+        for part in textwrap.wrap(line, out.width, subsequent_indent="  ", break_on_hyphens=False) or [""]:
+            out.print(terminal.plain(part), soft_wrap=True)
 
 
 def _block(report: Report) -> Iterator[str]:

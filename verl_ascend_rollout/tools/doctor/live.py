@@ -6,19 +6,25 @@ end of the doctor.  The last one starts an engine: `ascend-safe smoke` on its to
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from verl_ascend_rollout.tools.doctor.checks import failed, passed, tried
 from verl_ascend_rollout.tools.report import Check
+from verl_ascend_rollout.tools.supervisor import TICK, Follower
+from verl_ascend_rollout.tools.terminal import PHASE, Progress, console
 
 SECONDS = 180.0
 """How long one import may take: torch_npu and vLLM together take tens of seconds on a cold disk."""
+
+NOTHING = "nothing was printed"
 
 
 class Probe(NamedTuple):
@@ -59,33 +65,47 @@ PROBES: list[Probe] = [
 
 
 def check_live(packages: Mapping[str, Path], cwd: Path, seconds: float = SECONDS) -> Iterator[Check]:
-    """Run the probes whose package is there."""
-    for probe in PROBES:
-        if probe.package in packages:
-            yield _run(probe, cwd, probe.seconds or seconds)
-
-
-def _run(probe: Probe, cwd: Path, seconds: float) -> Check:
-    started, command = time.perf_counter(), [sys.executable, "-c", probe.program]
+    """Run the probes whose package is there, and say on standard error which one is at work."""
+    progress = Progress(console(stderr=True))
     try:
-        answer = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-        )
-    except subprocess.TimeoutExpired:
+        for probe in PROBES:
+            if probe.package in packages:
+                progress.phase(probe.name)
+                yield _run(probe, cwd, probe.seconds or seconds, progress)
+    finally:
+        progress.close()
+
+
+def _run(probe: Probe, cwd: Path, seconds: float, progress: Progress) -> Check:
+    started, timed_out = time.perf_counter(), False
+    command = [sys.executable, "-c", probe.program]
+    with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as errors:
+        following = Follower(Path(f"/dev/fd/{printed.fileno()}"))
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=printed, stderr=errors, cwd=cwd) as child:
+            while not timed_out:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(TICK)
+                    break
+                for phase in filter(None, map(PHASE.match, following.read())):  # of smoke's
+                    progress.phase(f"{probe.name}: {phase[1]}")
+                progress.tick(seconds)
+                timed_out = time.perf_counter() - started > seconds
+            if timed_out:
+                child.kill()
+        said, complaints = (_lines(stream) for stream in (printed, errors))
+    if timed_out:
         advice = "an import that waits is often one for a device that another process holds, or for a network folder"
         check = failed(probe.name, f"did not end within {seconds:.0f} s", advice, tried(probe.program))
+    elif child.returncode == 0:
+        check = passed(probe.name, said[-1] if said else NOTHING, tried(probe.program))
     else:
-        lines = (answer.stdout if answer.returncode == 0 else answer.stderr or answer.stdout).strip().splitlines()
-        last = lines[-1] if lines else "nothing was printed"
-        how = f"ended with signal {-answer.returncode}" if answer.returncode < 0 else "failed"
+        lines = complaints or said or [NOTHING]
+        how = f"ended with signal {-child.returncode}" if child.returncode < 0 else "failed"
         advice = f"run it to see all of it: python -c {probe.program!r}"
-        check = failed(probe.name, f"{how}: {last}", advice, *map(tried, lines[-4:]))
-        if answer.returncode == 0:
-            check = passed(probe.name, last, tried(probe.program))
+        check = failed(probe.name, f"{how}: {lines[-1]}", advice, *map(tried, lines[-4:]))
     return replace(check, seconds=time.perf_counter() - started)
+
+
+def _lines(stream: IO[bytes]) -> list[str]:
+    stream.seek(0)
+    return stream.read().decode("utf-8", "replace").strip().splitlines()

