@@ -46,16 +46,17 @@ def add_parser(commands: Any) -> None:
     add("--vllm", type=_version, metavar="VERSION", help="its version of vLLM")
     add("--vllm-ascend", type=_version, metavar="VERSION", help="its version of vllm-ascend")
     settings = parser.add_argument_group(
-        "your settings, as in the rollout's configuration; those that are given here go before those of --config"
+        "your settings", "as in the rollout's configuration; what is given here goes before what --config says"
     )
     add = settings.add_argument
     add("--config", metavar="FILE", help="a job's configuration: its .hydra/config.yaml, or the rollout's settings")
     add("--model", metavar="DIR", help="the model's folder, for what its config.json says")
     for name, choices in SWITCHES.items():
         add(f"--{name.replace('_', '-')}", choices=choices)
-    for name, told in (("kv_release", None), ("kv_rung", argparse.SUPPRESS)):
+    for name, told in (("kv_release", ", ".join(get_args(KVRelease))), ("kv_rung", argparse.SUPPRESS)):
         parse = functools.partial(today, name)
-        add(f"--{name.replace('_', '-')}", type=parse, choices=get_args(KVRelease), dest="kv_release", help=told)
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, type=parse, choices=get_args(KVRelease), metavar="METHOD", dest="kv_release", help=told)
     add("--on-unsafe", choices=get_args(OnUnsafe))
     add("--expert-parallel-size", type=int, metavar="N")
     add("--lora", action="store_true", help="adapters are trained")

@@ -43,6 +43,7 @@ def add_parser(commands: Any) -> None:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options, and what is called with them."""
+    parser.usage = "%(prog)s [MODEL | --tiny] [OPTION ...]"
     parser.set_defaults(run=start, parser=parser)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint's folder, or a name on the hub")
     parser.add_argument("--tiny", action="store_true", help="make a toy Qwen1.5-MoE of 60 experts, and take that")
