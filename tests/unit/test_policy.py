@@ -504,6 +504,17 @@ def test_a_toy_on_a_cpu_gets_room_for_its_sequences_and_no_more() -> None:
     assert old.environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
+def test_a_size_of_the_kv_cache_that_vllm_ascend_does_not_look_at_is_said() -> None:
+    asked = EngineRequest(engine_kwargs={"kv_cache_memory_bytes": 2**30})
+    for version in ("0.13.0", "0.18.0"):
+        decision = decide(facts_of("npu", "A3", version), asked)["kv_cache_memory_bytes"]
+        assert decision.value == 2**30  # what reaches vLLM stays what the user wrote
+        assert f"vllm-ascend {version[:4]} does not look at it" in decision.reason
+    for version in ("0.20.2", "0.23.0", None):
+        names = {decision.name for decision in decide(facts_of("npu", "A3", version), asked)}
+        assert "kv_cache_memory_bytes" not in names
+
+
 @pytest.mark.parametrize(
     ("facts", "asked"),
     [

@@ -340,11 +340,23 @@ def _expert_parallelism(facts: PlatformFacts, request: EngineRequest) -> Decisio
 
 
 def _kv_cache_size(facts: PlatformFacts, request: EngineRequest) -> Iterator[Decision]:
-    """On a CPU: room for all that the engine decodes at once, where that is little."""
+    """On a CPU: room for all that the engine decodes at once, where that is little.  On Ascend: whether a size that the
+    user gave counts."""
+    given = request.engine_kwargs.get(KV_BYTES)
+    release = vllm_ascend_release(facts)
+    if given and release and not releases.KV_BYTES_ON_NPU.is_in(release):
+        yield Decision(
+            KV_BYTES,
+            given,
+            f"you set it, and vllm-ascend {release[0]}.{release[1]} does not look at it: the KV cache gets the share "
+            "of the device that gpu_memory_utilization names",
+            "vllm-ascend 0.13 vllm_ascend/worker/worker.py:269, 0.18:327; 0.20.2rc1:341 looks at it",
+            "read",
+        )
     length = request.max_model_len or request.model.positions
     if facts.name != "cpu" or not length or not request.model.kv_bytes_per_token:
         return
-    if request.engine_kwargs.get(KV_BYTES) or request.environ.get(KV_SPACE):
+    if given or request.environ.get(KV_SPACE):
         return
     # A block more: vLLM keeps one for itself.
     tokens = (request.max_num_seqs * -(-length // CPU_BLOCK) + 1) * CPU_BLOCK

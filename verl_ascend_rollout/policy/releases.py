@@ -98,6 +98,10 @@ FEW_EXPERTS_FOR_MC2 = Ability(since=(0, 18))
 ALLGATHER_ON_A5 = Ability(since=(0, 23))
 """On A5, ALLGATHER is one of the ways for large batches (ascend_forward_context.py)."""
 
+KV_BYTES_ON_NPU = Ability(since=(0, 20))
+"""kv_cache_memory_bytes counts (0.20.2rc1 worker/worker.py:341, 0.22.1rc1:477, 0.23:540); 0.13 and 0.18 do not look at
+it (worker.py:269, 327)."""
+
 EXPERTS_SPREAD_ON_310P = Ability(since=(0, 18), until=(0, 23))
 """Expert parallelism works on 310P (0.18 _310p/fused_moe/fused_moe.py:135)."""
 
