@@ -525,3 +525,30 @@ async def _deaths(checkpoint: str, seed: int, deaths: int, limit: int) -> dict[s
         "error": error,
         "reached asleep": sum(len(engine.reached_asleep) for engine in made),
     }
+
+
+def not_started(checkpoint: str) -> list[str]:
+    """What the server raises where vLLM does not start the engine: its own words point elsewhere, or are the cause."""
+
+    class Dies:
+        def __init__(self) -> None:
+            print("(EngineCore pid=9) ERROR 11-22 04:00:00 [core.py:1] ValueError: no room for one request", flush=True)
+            raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+
+    class Refuses:
+        def __init__(self) -> None:
+            raise NotImplementedError("not on this\nplatform")
+
+    class OfOurs:
+        def __init__(self) -> None:
+            from verl_ascend_rollout.integration.server import UnsafeError
+
+            raise UnsafeError("as it is")
+
+    said = []
+    for make in (Dies, Refuses, OfOurs):
+        try:
+            asyncio.run(start(checkpoint, make=make))
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+    return said

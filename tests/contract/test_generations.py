@@ -111,3 +111,11 @@ def test_the_limit_on_restarts_ends_it_with_a_sentence(
     assert answer.value["engines"] == 3
     assert "died while it" in answer.value["error"]
     assert "2 times was as often as" in answer.value["error"] and "max_engine_restarts allows" in answer.value["error"]
+
+
+def test_an_engine_that_does_not_start_is_said_with_its_cause(checkpoint: Path, fresh_process: FreshProcesses) -> None:
+    dies, refuses, ours = fresh_process(generation_cases.not_started, str(checkpoint)).value
+    sentence = "EngineStartError: The rollout engine of replica 0 did not start: "
+    assert dies.startswith(f"{sentence}ValueError: no room for one request; what vLLM logged is in /")
+    assert refuses.startswith(f"{sentence}NotImplementedError: not on this")
+    assert ours == "UnsafeError: as it is"

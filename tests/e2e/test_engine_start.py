@@ -26,7 +26,7 @@ def test_the_last_line_of_a_job_is_why_its_engine_did_not_start(tmp_path: Path) 
     # vLLM 0.28, v1/core/kv_cache_utils.py, in its EngineCore; what it raises in the server is "See root cause above".
     assert re.fullmatch(
         r"ascend_safe: The rollout engine of replica 0 did not start: ValueError: .*max seq len.*; "
-        r"all that was printed is in /\S+ on \S+",
+        r"what vLLM logged is in /\S+ on \S+",
         lines[-1],
     )
     assert not left

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psutil
 
@@ -141,10 +141,14 @@ def _lives(process: psutil.Process) -> bool:
         return False
 
 
-def log_of_this_process() -> str:
-    """Return where this process and those that it started write to: the engine's last words are there."""
+def log_of_this_process(stream: Literal[1, 2] = 2) -> str:
+    """Return where this process and those that it started write to: the engine's last words are there.
+
+    Args:
+        stream: 1 for what vLLM logs, 2 for what a process says that dies.
+    """
     with contextlib.suppress(OSError):
-        target = os.readlink("/proc/self/fd/2")
+        target = os.readlink(f"/proc/self/fd/{stream}")
         if target.startswith("/") and not target.startswith("/dev/"):
             return f"{target} on {socket.gethostname()}"
     return f"the log of the rollout server (process {os.getpid()} on {socket.gethostname()})"

@@ -279,8 +279,8 @@ class AscendSafeHttpServer(vLLMHttpServer):
 
     def _unstarted(self, cause: str) -> str:
         return (
-            f"The rollout engine of replica {self.replica_rank} did not start: {cause}; all that was printed is in "
-            f"{death.log_of_this_process()}"
+            f"The rollout engine of replica {self.replica_rank} did not start: {cause}; what vLLM logged is in "
+            f"{death.log_of_this_process(1)}"
         )
 
     async def _restart(self, watch: death.Watch, cause: str, obituary: str) -> None:
