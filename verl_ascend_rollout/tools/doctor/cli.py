@@ -101,7 +101,9 @@ def show(report: Report, every: bool = False) -> None:
     clean, out = report.redacted(), terminal.console()
     needed = ("fail", "warn", "unknown")
     shown = [check for check in clean.checks if every or check.verdict in needed]
-    out.print(f"{clean.title}: {clean.verdict_line()}", "", sep="\n")
+    out.print(f"{clean.title}: {clean.verdict_line()}")
+    if shown:
+        out.print()
     order = reports.WORST_FIRST
     terminal.checks(
         out, sorted(shown, key=lambda check: order.index(check.verdict)), details=order if every else needed
