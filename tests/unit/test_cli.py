@@ -97,6 +97,17 @@ def test_verdicts_have_colours_unless_nobody_wants_them(
     assert coloured or "\x1b" not in written
 
 
+def test_a_line_of_progress_is_known_again(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `doctor --live` reads smoke's."""
+    progress = terminal.Progress(terminal.console())
+    progress.phase("loading weights")
+    progress.line("smoke: PASS")
+    phase, other = capsys.readouterr().out.splitlines()
+    found = terminal.PHASE.match(phase)
+    assert found is not None and found[1] == "loading weights"
+    assert terminal.PHASE.match(other) is None
+
+
 def test_explain_a_planned_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--platform", "npu", "--soc", "A3", "--vllm-ascend", "0.18.0"]) == 0
     out = capsys.readouterr().out
