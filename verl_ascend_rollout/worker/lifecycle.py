@@ -74,14 +74,14 @@ class AscendSafeLifecycle:
         }
 
     def ascend_safe_call(self, method: str, keywords: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Call `method` and answer with its result or its error, never with an exception (see `answers`).
+        """Call `method` and answer with its result or its error, never with an exception (see `worker_rpc`).
 
         Args:
             method: the name of a method of this worker.
             keywords: its arguments.
 
         Returns:
-            What `answers.values` takes.
+            What `worker_rpc.unwrap` takes.
         """
         return worker_rpc.capture(lambda: getattr(self, method)(**(keywords or {})), method)
 
