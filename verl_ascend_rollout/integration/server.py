@@ -13,21 +13,18 @@ import asyncio
 import contextlib
 import dataclasses
 import inspect
-import json
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
 from verl_ascend_rollout import events
-from verl_ascend_rollout.engine import death, routing_record, vllm_api, workers
+from verl_ascend_rollout.engine import death, message_queues, routing_record, vllm_api, workers
 from verl_ascend_rollout.engine.death import EngineDiedError
 from verl_ascend_rollout.engine.lifecycle import EngineNotReadyError, Lifecycle, Request
 from verl_ascend_rollout.engine.metrics import SYNC_METHOD, step_of
@@ -128,24 +125,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
     def _preprocess_engine_kwargs(self, engine_kwargs: dict[str, Any]) -> None:
         """Add what the policy decided to vLLM's arguments; what the user wrote there stays."""
         super()._preprocess_engine_kwargs(engine_kwargs)
-        self._add_decisions(engine_kwargs)
-
-    def _add_decisions(self, engine_kwargs: dict[str, Any]) -> None:
-        # What verl merges last would undo the decisions, which have already taken it into account.
-        engine_kwargs.pop("enforce_eager", None)
-        engine_kwargs.pop("enable_sleep_mode", None)
-        decided = {name: self._decisions[name].value for name in ("cudagraph_mode", "cudagraph_capture_sizes")}
-        compilation = engine_kwargs.get("compilation_config") or {}
-        compilation = dict(json.loads(compilation) if isinstance(compilation, str) else compilation)
-        wanted = {name: value for name, value in decided.items() if value is not None}
-        engine_kwargs["compilation_config"] = {**compilation, **wanted}
-        sizes = {d.name: d.value for d in self._decisions if d.name == engine_args.KV_BYTES}
-        engine_kwargs.update(sizes)  # decided only where the user set none
-        extra = self._decisions.additional_config
-        if extra:
-            wished = engine_kwargs.get("additional_config") or {}
-            wished = dict(json.loads(wished) if isinstance(wished, str) else wished)
-            engine_kwargs["additional_config"] = {**extra, **wished}
+        engine_args.add_to(engine_kwargs, self._decisions)
 
     def _get_worker_extension_cls(self) -> str:
         return WORKER_EXTENSION
@@ -205,7 +185,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
             {"decisions": self._decisions.as_dicts(), "workers": reports},
         )
         if self._facts.name in ("cpu", "npu"):
-            _unlink_message_queues()
+            message_queues.unlink()
         if self._kv_release == "keep" and self.config.free_cache_engine:
             self._say_unsafe(obstacles)
         if self._options.on_engine_death == "restart":
@@ -807,25 +787,6 @@ OUTLIVES = ("engine_death", "keep_snapshot", "mark_weights_stale", "explain")
 
 def _copied(values: Iterable[Any]) -> list[Any]:
     return [dict(value) if isinstance(value, dict) else value for value in values]
-
-
-def _unlink_message_queues() -> None:
-    """Take the names from the shared-memory segments of the engine's message queues, so that they cannot outlive it.
-
-    Ray ends a job's actors without ceremony, and vLLM then leaves its queues in /dev/shm: about 400 MiB a run were seen
-    (vLLM 0.28, `ShmRingBuffer`).  Every process of the engine has mapped them by now and none will look for the names
-    again; the memory goes with the last process that maps it, also after a kill -9.
-    """
-    this = psutil.Process()
-    segments: set[str] = set()
-    for process in (this, *this.children(recursive=True)):
-        with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
-            # Python's own prefix for a segment without a name of its own (multiprocessing.shared_memory).
-            segments.update(word for word in maps.split() if word.startswith("/dev/shm/psm_"))
-    for segment in segments:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(segment)
 
 
 def _as_change(

@@ -127,14 +127,12 @@ class AscendSafeLifecycle:
         Returns:
             `kv_bytes`, `device_used` (of the whole device, by the driver's count; 0 on a CPU), `rss`, `pid`.
         """
-        import psutil
-
         if kv_asleep is not None:
             self._ascend_safe_kv_asleep = kv_asleep
         return {
             "kv_bytes": kv_cache.kv_bytes(self),
             "device_used": kv_cache.device_used(self),
-            "rss": int(psutil.Process().memory_info().rss),
+            "rss": kv_cache.resident(),
             "pid": os.getpid(),
         }
 
