@@ -17,6 +17,27 @@ PROMPTS = [
     [5 + (start * 31 + index * 7) % 80 for index in range(length)] for start, length in enumerate((5, 17, 64, 120))
 ]
 SAMPLING = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+
+ORDERS: list[tuple[str, tuple[Any, ...], str]] = [
+    ("free_cache_engine", (), "weights_only"),
+    ("free_cache_engine", (), "weights_only"),
+    ("init_cache_engine", (), "awake"),
+    ("init_cache_engine", (), "awake"),
+    ("sleep", (), "asleep"),
+    ("free_cache_engine", (), "asleep"),
+    ("wake_up", (["weights"],), "weights_only"),
+    ("sleep", (), "asleep"),
+    ("wake_up", (["kv_cache"],), "awake"),  # before the weights
+    ("release_kv_cache", (), "weights_only"),
+    ("wake_up", (["weights"],), "weights_only"),
+    ("resume_kv_cache", (), "awake"),
+    ("sleep", (), "asleep"),
+    ("abort_all_requests", (), "asleep"),
+    ("resume_generation", (), "asleep"),
+    ("wake_up", (), "awake"),
+]
+"""Calls of the server, with their arguments, and the state in which each leaves it: awake at both ends."""
+
 Answers = list[list[Any]]
 
 

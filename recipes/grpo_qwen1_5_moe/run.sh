@@ -5,19 +5,7 @@
 # Except --no-import-fix: where a folder named `vllm` or `verl` hides the real one, leave it so.
 set -euo pipefail
 
-# hydra's own options (`--cfg job`) have to stand together before the settings, wherever they were written.
-words=() flags=()
-for word in "$@"; do
-    if [[ "$word" == --no-import-fix ]]; then
-        export ASCEND_SAFE_IMPORT_FIX=0
-    elif [[ "$word" == -* || (${#flags[@]} -gt 0 && "$last" == -* && "$word" != *=*) ]]; then
-        flags+=("$word")
-    else
-        words+=("$word")
-    fi
-    last="$word"
-done
-set -- ${words[@]+"${words[@]}"}
+source "$(dirname "${BASH_SOURCE[0]}")/../command_line.sh"
 
 PYTHON="${PYTHON:-python}"
 MODEL="${MODEL:-Qwen/Qwen1.5-MoE-A2.7B-Chat}" # a hub name or a folder

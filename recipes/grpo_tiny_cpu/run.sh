@@ -5,21 +5,9 @@
 # Except --no-import-fix: where a folder named `vllm` or `verl` hides the real one, leave it so.
 set -euo pipefail
 
-# hydra's own options (`--cfg job`) have to stand together before the settings, wherever they were written.
-words=() flags=()
-for word in "$@"; do
-    if [[ "$word" == --no-import-fix ]]; then
-        export ASCEND_SAFE_IMPORT_FIX=0
-    elif [[ "$word" == -* || (${#flags[@]} -gt 0 && "$last" == -* && "$word" != *=*) ]]; then
-        flags+=("$word")
-    else
-        words+=("$word")
-    fi
-    last="$word"
-done
-set -- ${words[@]+"${words[@]}"}
-
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+source "$HERE/../command_line.sh"
+
 PYTHON="${PYTHON:-python}"
 OUT="${OUT:-outputs/grpo_tiny_cpu}" # what the run writes
 TOY="${TOY:-$OUT/toy}"              # where the model and the data are; made when missing

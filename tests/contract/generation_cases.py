@@ -257,6 +257,7 @@ async def start(
     from verl.workers.rollout.replica import RolloutMode
     from verl.workers.rollout.vllm_rollout import vllm_async_server
 
+    from verl_ascend_rollout.engine import message_queues
     from verl_ascend_rollout.integration import actor, server
     from verl_ascend_rollout.platforms.detect import planned
 
@@ -270,7 +271,7 @@ async def start(
         vllm_async_server._VLLM_VERSION = Version(f"{vllm}.0")
     # Of a platform whose level, 1, is not verl's own answer here.
     server.detect = lambda: planned("npu", "A2", {"vllm": "0.23.0", "vllm_ascend": "0.23.0", "torch_npu": "2.10.0"})
-    server._unlink_message_queues = lambda: None
+    message_queues.unlink = lambda: None
     ray.get_runtime_context = lambda: SimpleNamespace(get_job_id=lambda: "1", get_node_id=lambda: "node")
     ray.util.get_node_ip_address = lambda: "127.0.0.1"
     rollout = RolloutConfig(name="ascend_safe", prompt_length=64, response_length=16, enable_chunked_prefill=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +16,7 @@ import verl_ascend_rollout
 from verl_ascend_rollout.integration import contract, preflight, probe
 from verl_ascend_rollout.integration.actor import METHODS, OURS
 from verl_ascend_rollout.integration.contract import CONTRACT, Symbol
-from verl_ascend_rollout.integration.patches import (
-    death,
-    devices,
-    experts,
-    metrics,
-    names,
-    platforms,
-    rollouts,
-    routing,
-)
+from verl_ascend_rollout.integration.patches import OF_VERL, patches_of
 
 PACKAGE = Path(verl_ascend_rollout.__file__).parent
 RELEASES = ("0.7.1", "0.8.0", "0.9.0", "0.9.1")
@@ -250,10 +240,9 @@ def _words(node: ast.AST) -> Iterator[str]:
 
 
 def test_each_patch_has_an_entry_with_its_parameters() -> None:
-    lists = [module.PATCHES for module in (death, experts, metrics, names, platforms, rollouts, routing)]
     patched = {
         (patch.module, patch.attribute): patch.parameters
-        for patch in itertools.chain(*lists, platforms.CPU_PATCHES, devices.CPU_PATCHES)
+        for patch in patches_of(OF_VERL)
         if not patch.once  # a registry, which is filled: of its entries are its methods
     }
     entries = {place: symbol.parameters for place, symbol in ENTRIES.items() if symbol.use == "patch"}

@@ -11,24 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_settings import ENGINE
 from rollout_server import PROMPTS, SAMPLING, Answers, Server, start_server
 
 HERE = Path(__file__).resolve().parent
-KV_BYTES = 2**30
-
-ENGINE = {
-    "dtype": "bfloat16",
-    "max_model_len": 192,
-    "max_num_seqs": 16,
-    "enforce_eager": True,
-    "enable_chunked_prefill": False,
-    "max_num_batched_tokens": 192,
-    "enable_prefix_caching": True,
-    "logprobs_mode": "processed_logprobs",
-    "kv_cache_memory_bytes": KV_BYTES,
-    # vLLM's default of 128 on a CPU is longer than most prompts here: nothing would ever be cached.
-    "block_size": 32,
-}
 
 
 @dataclass(frozen=True)

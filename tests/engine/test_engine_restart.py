@@ -14,7 +14,7 @@ import psutil
 import pytest
 import ray
 import rollout_server
-from conftest import ENGINE
+from engine_settings import ENGINE
 
 from verl_ascend_rollout import events
 from verl_ascend_rollout.engine.death import EngineDiedError

@@ -59,22 +59,8 @@ def kv_bytes(server: Any) -> int:
 
 
 def test_the_states_by_their_calls(server: Any) -> None:
-    steps = [
-        ("free_cache_engine", (), "weights_only"),
-        ("free_cache_engine", (), "weights_only"),
-        ("init_cache_engine", (), "awake"),
-        ("init_cache_engine", (), "awake"),
-        ("sleep", (), "asleep"),
-        ("free_cache_engine", (), "asleep"),
-        ("wake_up", (["weights"],), "weights_only"),
-        ("sleep", (), "asleep"),
-        ("wake_up", (["kv_cache"],), "awake"),  # before the weights
-        ("release_kv_cache", (), "weights_only"),
-        ("wake_up", (["weights"],), "weights_only"),
-        ("resume_kv_cache", (), "awake"),
-    ]
     expected = server.answers()
-    for method, arguments, then in steps:
+    for method, arguments, then in rollout_server.ORDERS:
         server.call(method, *arguments)
         assert state(server) == then, method
         assert (kv_bytes(server) > 0) == (then == "awake"), method

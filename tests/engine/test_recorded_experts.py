@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENGINE
+from engine_settings import ENGINE
 
 pytestmark = pytest.mark.engine
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENGINE, PROMPTS, SAMPLING
+from engine_settings import ENGINE
+from rollout_server import PROMPTS, SAMPLING
 
 pytestmark = pytest.mark.engine
 

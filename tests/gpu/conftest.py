@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from verl_ascend_rollout.platforms import cuda
+from verl_ascend_rollout.platforms.base import ROOT, installed_versions
 
 HERE = Path(__file__).resolve().parent
 REHEARSAL = os.environ.get("GPU_KIT_REHEARSAL") == "1"
-ON_GPU = cuda.find() is not None
+ON_GPU = cuda.find(ROOT, os.environ, installed_versions()) is not None
 
 if ON_GPU:
     # tests/conftest.py says cpu, for the other suites.

@@ -12,7 +12,7 @@ import torch
 import torch_npu
 from toy_engine import EXTENSION, Checkpoint, Engine, make_checkpoint, make_llm, make_qwen3_checkpoint
 
-from verl_ascend_rollout.platforms import npu
+from verl_ascend_rollout.platforms.detect import detect
 from verl_ascend_rollout.policy import engine_args
 
 FRACTAL_NZ = 29
@@ -82,7 +82,7 @@ def ours(checkpoint: Checkpoint, **changes: Any) -> Engine:
 def refusal(environ: dict[str, str], additional_config: dict[str, Any] | None = None) -> str:
     """What the policy says to such an environment, and to such settings of vllm-ascend."""
     request = engine_args.EngineRequest(environ=environ, engine_kwargs={"additional_config": additional_config or {}})
-    return message_of(lambda: engine_args.decide(npu.describe(), request))
+    return message_of(lambda: engine_args.decide(detect({"VERL_PLATFORM": "npu"}), request))
 
 
 def message_of(action: Any) -> str:

@@ -19,25 +19,6 @@ SEEDS = (1, 2)
 SECONDS = 200
 TOKENS = 6
 
-ORDERS = [
-    ("free_cache_engine", (), "weights_only"),
-    ("free_cache_engine", (), "weights_only"),
-    ("init_cache_engine", (), "awake"),
-    ("init_cache_engine", (), "awake"),
-    ("sleep", (), "asleep"),
-    ("free_cache_engine", (), "asleep"),
-    ("wake_up", (["weights"],), "weights_only"),
-    ("sleep", (), "asleep"),
-    ("wake_up", (["kv_cache"],), "awake"),  # before the weights
-    ("release_kv_cache", (), "weights_only"),
-    ("wake_up", (["weights"],), "weights_only"),
-    ("resume_kv_cache", (), "awake"),
-    ("sleep", (), "asleep"),
-    ("abort_all_requests", (), "asleep"),
-    ("resume_generation", (), "asleep"),
-    ("wake_up", (), "awake"),
-]
-
 
 def main() -> None:
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
@@ -57,7 +38,7 @@ def main() -> None:
         server.sync(weights())
         reference = rollout_server.alone(server, TOKENS, SECONDS)
         orders = []
-        for method, arguments, expected in ORDERS:
+        for method, arguments, expected in rollout_server.ORDERS:
             server.call(method, *arguments)
             orders.append((method, server.call("explain")["state"], expected))
         found = {

@@ -171,7 +171,7 @@ def names_in_the_registry(names: list[str]) -> dict[str, str]:
 def test_every_name_that_we_know_is_known_to_verl(with_verl: Callable[..., Any]) -> None:
     found = with_verl(names_in_the_registry, list(detect.NAMES))
     classes = {"cpu": "PlatformCPU", "nvidia": "PlatformCUDA", "amd": "PlatformROCm", "huawei": "PlatformNPU"}
-    assert found == {name: classes[detect.verl_platform_name(name)] for name in detect.NAMES}
+    assert found == {name: classes[verl_name] for name, (_, verl_name) in detect.NAMES.items()}
 
 
 def chosen_platform() -> list[str]:

@@ -19,30 +19,9 @@ import pytest
 from verl_ascend_rollout import PATCHED
 from verl_ascend_rollout.integration import patch as mechanism
 from verl_ascend_rollout.integration.patch import DriftError, Patch, assert_intact, problems
-from verl_ascend_rollout.integration.patches import (
-    death,
-    devices,
-    experts,
-    metrics,
-    names,
-    platforms,
-    rollouts,
-    routing,
-    vllm,
-)
+from verl_ascend_rollout.integration.patches import MODULES, names, patches_of, vllm
 
-PATCHES = (
-    *rollouts.PATCHES,
-    *platforms.PATCHES,
-    *platforms.CPU_PATCHES,
-    *devices.CPU_PATCHES,
-    *names.PATCHES,
-    *experts.PATCHES,
-    *death.PATCHES,
-    *metrics.PATCHES,
-    *routing.PATCHES,
-    *vllm.PATCHES,
-)
+PATCHES = patches_of()
 
 each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 
@@ -396,5 +375,5 @@ def test_every_patch_says_what_goes_wrong_where_and_until_when(patch: Patch) -> 
 
 def test_every_module_of_patches_is_looked_at_here() -> None:
     modules = {file.stem for file in (Path(mechanism.__file__).parent / "patches").glob("*.py")} - {"__init__"}
-    assert modules == {patch.name.partition(".")[0] for patch in PATCHES}
+    assert modules == set(MODULES) == {patch.name.partition(".")[0] for patch in PATCHES}
     assert len({patch.name for patch in PATCHES}) == len(PATCHES)

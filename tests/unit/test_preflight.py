@@ -21,6 +21,7 @@ import verl_ascend_rollout
 from verl_ascend_rollout.integration import cluster, patch, preflight
 from verl_ascend_rollout.integration.cluster import Node
 from verl_ascend_rollout.integration.patch import Patch
+from verl_ascend_rollout.platforms import cpu
 from verl_ascend_rollout.policy import engine_args
 
 POSITIONS = 256
@@ -278,12 +279,12 @@ def test_adapters_reach_the_policy(model: Path, environ: dict[str, str]) -> None
 def test_an_engine_of_two_workers_on_a_cpu_with_one_memory_node(
     model: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "_memory_nodes", lambda: 1)
+    monkeypatch.setattr(cpu, "memory_nodes", lambda: 1)
     two = {"trainer__n_gpus_per_node": 2, f"{RAY}__num_gpus": 2, f"{ROLLOUT}__tensor_model_parallel_size": 2}
     (problem,) = problems(job(model, **two), environ)
     assert "takes 2 memory nodes on a CPU, and this machine has 1: set it to 1, or bind cores to workers" in problem
     assert problems(job(model, **two), {**environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}) == []
-    monkeypatch.setattr(preflight, "_memory_nodes", lambda: 2)
+    monkeypatch.setattr(cpu, "memory_nodes", lambda: 2)
     assert problems(job(model, **two), environ) == []
 
 

@@ -104,7 +104,7 @@ class AscendSafeServerAdapter(ServerAdapter):
             moved = await self._send_by_shared_memory(weights, kwargs)
         else:
             moved = await self._send_by_verl(weights, kwargs)
-        # PackedLayout that were computed with the old weights must not answer for the new ones.
+        # Blocks that were computed with the old weights must not answer for the new ones.
         if self._ensure_server_handle():
             await self.server_handle.clear_kv_cache.remote()
             if global_steps is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from verl_ascend_rollout.integration.own_gate import AscendSafeGatedHttpServer
 from verl_ascend_rollout.integration.patch import assert_intact
 from verl_ascend_rollout.integration.server import WORKER_EXTENSION
+from verl_ascend_rollout.policy import engine_args
 
 
 class AscendSafePlainHttpServer(AscendSafeGatedHttpServer):
@@ -29,7 +30,7 @@ class AscendSafePlainHttpServer(AscendSafeGatedHttpServer):
         config = self._take_config(self.config)
         self._decide()
         engine_kwargs = dict(self.config.get("engine_kwargs", {}).get("vllm", {}) or {})
-        self._add_decisions(engine_kwargs)
+        engine_args.add_to(engine_kwargs, self._decisions)
         engine_kwargs["worker_extension_cls"] = WORKER_EXTENSION
         object.__setattr__(config, "engine_kwargs", {**config.engine_kwargs, "vllm": engine_kwargs})
         # The decision has them.  verl would name them once more, as an argument that vLLM 0.13 does not know.

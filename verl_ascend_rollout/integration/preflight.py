@@ -10,7 +10,6 @@ import atexit
 import contextlib
 import functools
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -28,10 +27,11 @@ from verl_ascend_rollout.integration import cluster, contract, patch, probe, reg
 from verl_ascend_rollout.integration.cluster import Joined, Node
 from verl_ascend_rollout.integration.cpu_platform import missing_npu
 from verl_ascend_rollout.options import KEY, ROLLOUT, AscendSafeOptions, OptionError
+from verl_ascend_rollout.platforms import cpu
 from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, installed_versions
 from verl_ascend_rollout.platforms.detect import OVERRIDE, detect
 from verl_ascend_rollout.policy import conflicts, engine_args
-from verl_ascend_rollout.policy.job_config import ConfigError, read_model, setting, trains_adapters
+from verl_ascend_rollout.policy.job_config import ConfigError, number, read_model, setting, trains_adapters
 from verl_ascend_rollout.policy.request import EngineRequest, ModelFacts
 
 logger = logging.getLogger("verl_ascend_rollout.preflight")
@@ -247,28 +247,22 @@ def _no_room_to_generate(config: Any) -> Iterator[str]:
 
 def _lengths(config: Any) -> tuple[int | None, int | None, int | None, str]:
     """Longest prompt and response, the engine's limit for both together in tokens, and where the limit comes from."""
-    prompt = _number(config.data.get("max_prompt_length"))
-    response = _number(config.data.get("max_response_length"))
-    limit = _number(config.actor_rollout_ref.rollout.get("max_model_len"))
+    prompt, response = number(config, "data.max_prompt_length"), number(config, "data.max_response_length")
+    limit = number(config, f"{ROLLOUT}.max_model_len")
     if limit is not None:
         return prompt, response, limit, f"{ROLLOUT}.max_model_len"
-    return prompt, response, _max_position_embeddings(config), f"max_position_embeddings of {MODEL}"
+    return prompt, response, _model_facts(config).positions, f"max_position_embeddings of {MODEL}"
 
 
-def _max_position_embeddings(config: Any) -> int | None:
-    file = Path(str(config.actor_rollout_ref.model.path)).expanduser() / "config.json"
-    try:
-        return _number(json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings"))
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def _model_facts(config: Any) -> ModelFacts:
+    """Return what the model's config.json says, where it is on this machine and can be read."""
+    with contextlib.suppress(ConfigError):
+        return read_model(str(Path(str(config.actor_rollout_ref.model.path)).expanduser()))
+    return ModelFacts()
 
 
 def _ray_init(config: Any) -> Mapping[str, Any]:
-    found: Mapping[str, Any] = (config.get("ray_kwargs") or {}).get("ray_init") or {}
+    found: Mapping[str, Any] = setting(config, "ray_kwargs.ray_init") or {}
     return found
 
 
@@ -304,8 +298,7 @@ def _ray_would_find(resource: str) -> int:
 def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
     """Whether a Ray that is started here will have a device for each worker."""
     trainer = config.trainer
-    per_node, nodes = _number(trainer.get("n_gpus_per_node")), _number(trainer.get("nnodes"))
-    if per_node is None or nodes is None:
+    if None in (number(trainer, "n_gpus_per_node"), number(trainer, "nnodes")):
         yield (
             f"trainer.n_gpus_per_node={trainer.get('n_gpus_per_node')} and trainer.nnodes={trainer.get('nnodes')} must "
             "be whole numbers: how many trainer workers a node has, and how many nodes there are"
@@ -397,11 +390,8 @@ def _machine(config: Any, facts: PlatformFacts, environ: Mapping[str, str]) -> I
     if facts.name == "npu" and shutil.which("npu-smi") is None:
         yield f"npu-smi is not on PATH here: {cluster.NPU_SMI}"
     if facts.name == "cpu":
-        size = conflicts.engine_size(config) or 1
-        nodes = _memory_nodes()
-        bound = environ.get("VLLM_CPU_SIM_MULTI_NUMA") == "1" or "|" in environ.get("VLLM_CPU_OMP_THREADS_BIND", "")
-        if size > nodes and not bound:
-            # vllm 0.28, v1/worker/cpu_worker.py: one worker on each memory node.
+        size, nodes = conflicts.engine_size(config) or 1, cpu.most_workers(environ)
+        if nodes is not None and size > nodes:
             yield (
                 f"an engine of {size} workers ({ROLLOUT}.tensor_model_parallel_size) takes {size} memory nodes on a "
                 f"CPU, and this machine has {nodes}: set it to {nodes}, or bind cores to workers with "
@@ -409,18 +399,9 @@ def _machine(config: Any, facts: PlatformFacts, environ: Mapping[str, str]) -> I
             )
 
 
-def _memory_nodes() -> int:
-    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
-
-
 def _engine_request(config: Any, environ: Mapping[str, str]) -> EngineRequest:
     """Return the user's settings, with what the model's config.json says where it is on this machine."""
-    folder = Path(str(config.actor_rollout_ref.model.path)).expanduser()
-    model = ModelFacts()
-    if (folder / "config.json").is_file():
-        with contextlib.suppress(ConfigError):
-            model = read_model(str(folder))
-    rollout = config.actor_rollout_ref.rollout
+    rollout, model = config.actor_rollout_ref.rollout, _model_facts(config)
     return EngineRequest.from_rollout(rollout, lora=trains_adapters(config), model=model, environ=environ)
 
 

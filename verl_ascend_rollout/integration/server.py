@@ -13,30 +13,28 @@ import asyncio
 import contextlib
 import dataclasses
 import inspect
-import json
 import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 from verl.workers.rollout.replica import RolloutMode
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 
 from verl_ascend_rollout import events
-from verl_ascend_rollout.engine import causes, death, routing_record, vllm_api, workers
+from verl_ascend_rollout.engine import causes, death, message_queues, routing_record, vllm_api, workers
 from verl_ascend_rollout.engine.causes import EngineStartError
 from verl_ascend_rollout.engine.death import EngineDiedError
 from verl_ascend_rollout.engine.lifecycle import EngineNotReadyError, Lifecycle, Request
 from verl_ascend_rollout.engine.metrics import SYNC_METHOD, step_of
 from verl_ascend_rollout.integration.patch import assert_intact
-from verl_ascend_rollout.options import KEY, AscendSafeOptions
+from verl_ascend_rollout.options import KEY, AscendSafeOptions, KVMethod
 from verl_ascend_rollout.platforms.detect import detect
 from verl_ascend_rollout.policy import engine_args
 from verl_ascend_rollout.transport.rendezvous import NODE_VARIABLE
+from verl_ascend_rollout.worker.kv_cache import KVAction, KVCacheChange
 from verl_ascend_rollout.worker.worker_rpc import WorkerError
 
 logger = logging.getLogger("verl_ascend_rollout.server")
@@ -83,7 +81,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
         self._changed = asyncio.Event()
         # One step at a time: memory that is given away while a sync writes into it would be worse than a wait.
         self._step = asyncio.Lock()
-        self._kv_release: str = "keep"
+        self._kv_release: KVMethod = "keep"
         # vLLM itself put memory to sleep, and must be asked to wake it: its executor keeps count of that.
         self._engine_sleeps = False
         self._workers: list[dict[str, Any]] = []
@@ -128,24 +126,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
     def _preprocess_engine_kwargs(self, engine_kwargs: dict[str, Any]) -> None:
         """Add what the policy decided to vLLM's arguments; what the user wrote there stays."""
         super()._preprocess_engine_kwargs(engine_kwargs)
-        self._add_decisions(engine_kwargs)
-
-    def _add_decisions(self, engine_kwargs: dict[str, Any]) -> None:
-        # What verl merges last would undo the decisions, which have already taken it into account.
-        engine_kwargs.pop("enforce_eager", None)
-        engine_kwargs.pop("enable_sleep_mode", None)
-        decided = {name: self._decisions[name].value for name in ("cudagraph_mode", "cudagraph_capture_sizes")}
-        compilation = engine_kwargs.get("compilation_config") or {}
-        compilation = dict(json.loads(compilation) if isinstance(compilation, str) else compilation)
-        wanted = {name: value for name, value in decided.items() if value is not None}
-        engine_kwargs["compilation_config"] = {**compilation, **wanted}
-        sizes = {d.name: d.value for d in self._decisions if d.name == engine_args.KV_BYTES}
-        engine_kwargs.update(sizes)  # decided only where the user set none
-        extra = self._decisions.additional_config
-        if extra:
-            wished = engine_kwargs.get("additional_config") or {}
-            wished = dict(json.loads(wished) if isinstance(wished, str) else wished)
-            engine_kwargs["additional_config"] = {**extra, **wished}
+        engine_args.add_to(engine_kwargs, self._decisions)
 
     def _get_worker_extension_cls(self) -> str:
         return WORKER_EXTENSION
@@ -219,10 +200,10 @@ class AscendSafeHttpServer(vLLMHttpServer):
         self._emit(
             "decide",
             time.perf_counter() - started,
-            {"decisions": self._decisions.as_dicts(), "rung": self._kv_release, "workers": reports},
+            {"decisions": self._decisions.as_dicts(), "workers": reports},
         )
         if self._facts.name in ("cpu", "npu"):
-            _unlink_message_queues()
+            message_queues.unlink()
         if self._kv_release == "keep" and self.config.free_cache_engine:
             self._say_unsafe(obstacles)
         if self._options.on_engine_death == "restart":
@@ -500,7 +481,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
         """
         return await self._change("wake_kv_cache") or await self._nothing_to_do("init")
 
-    async def _nothing_to_do(self, action: str) -> list[dict[str, Any]]:
+    async def _nothing_to_do(self, action: KVAction) -> list[dict[str, Any]]:
         """Return what a step that has nothing to do reports."""
         reason = "the KV cache is already free" if action == "free" else "the KV cache is already there"
         reports = await self.memory()
@@ -625,21 +606,13 @@ class AscendSafeHttpServer(vLLMHttpServer):
         return changes
 
     async def _changed_by_engine(
-        self, action: str, before: list[dict[str, int]], started: float, kv_asleep: bool
+        self, action: KVAction, before: list[dict[str, int]], started: float, kv_asleep: bool
     ) -> list[dict[str, Any]]:
         """Return what vLLM itself did, as the workers' own steps are reported, and its event."""
         seconds = time.perf_counter() - started
         after = await self._ask("ascend_safe_memory", kv_asleep=kv_asleep)
-        events.emit(
-            events.Event(
-                step=action,
-                process="server",
-                seconds=seconds,
-                bytes_before=sum(report["kv_bytes"] for report in before),
-                bytes_after=sum(report["kv_bytes"] for report in after),
-                detail={"replica": self.replica_rank, "rung": self._kv_release, "changed": True},
-            )
-        )
+        sizes = [sum(report["kv_bytes"] for report in reports) for reports in (before, after)]
+        self._emit(action, seconds, {"changed": True}, *sizes)
         return [_as_change(action, self._kv_release, *pair, seconds) for pair in zip(before, after, strict=True)]
 
     @contextlib.asynccontextmanager
@@ -653,16 +626,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
         yield
         seconds = time.perf_counter() - started
         after = sum(report["device_used"] for report in await self.memory())
-        events.emit(
-            events.Event(
-                step=step,
-                process="server",
-                seconds=seconds,
-                bytes_before=before,
-                bytes_after=after,
-                detail={"replica": self.replica_rank, "rung": self._kv_release, **detail},
-            )
-        )
+        self._emit(step, seconds, detail, before, after)
 
     async def _restore_kernel_format(self) -> None:
         """vllm-ascend 0.13 to 0.26 leaves the experts in checkpoint form after a wake-up, ready for a load that a
@@ -729,7 +693,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
             self._emit(
                 "abort",
                 time.perf_counter() - started,
-                {"requests": int(report.get("aborted_count", 0)), "rung": self._kv_release, "state": self._life.state},
+                {"requests": int(report.get("aborted_count", 0)), "state": self._life.state},
             )
         return report
 
@@ -834,15 +798,11 @@ class AscendSafeHttpServer(vLLMHttpServer):
             "workers": self._workers,
         }
 
-    def _emit(self, step: str, seconds: float, detail: dict[str, Any]) -> None:
-        events.emit(
-            events.Event(
-                step=step,
-                process="server",
-                seconds=seconds,
-                detail={"replica": self.replica_rank, "rung": self._kv_release, **detail},
-            )
-        )
+    def _emit(
+        self, step: str, seconds: float, detail: dict[str, Any], before: int | None = None, after: int | None = None
+    ) -> None:
+        detail = {"replica": self.replica_rank, "rung": self._kv_release, **detail}
+        events.emit(events.Event(step, "server", seconds, before, after, detail=detail))
 
 
 OUTLIVES = ("engine_death", "keep_snapshot", "mark_weights_stale", "explain")
@@ -853,40 +813,19 @@ def _copied(values: Iterable[Any]) -> list[Any]:
     return [dict(value) if isinstance(value, dict) else value for value in values]
 
 
-def _unlink_message_queues() -> None:
-    """Take the names from the shared-memory segments of the engine's message queues, so that they cannot outlive it.
-
-    Ray ends a job's actors without ceremony, and vLLM then leaves its queues in /dev/shm: about 400 MiB a run were seen
-    (vLLM 0.28, `ShmRingBuffer`).  Every process of the engine has mapped them by now and none will look for the names
-    again; the memory goes with the last process that maps it, also after a kill -9.
-    """
-    this = psutil.Process()
-    segments: set[str] = set()
-    for process in (this, *this.children(recursive=True)):
-        with contextlib.suppress(OSError):
-            maps = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
-            # Python's own prefix for a segment without a name of its own (multiprocessing.shared_memory).
-            segments.update(word for word in maps.split() if word.startswith("/dev/shm/psm_"))
-    for segment in segments:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(segment)
-
-
 def _as_change(
-    action: str, kv_release: str, before: Mapping[str, int], after: Mapping[str, int], seconds: float, reason: str = ""
+    action: KVAction,
+    kv_release: KVMethod,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    seconds: float,
+    reason: str = "",
 ) -> dict[str, Any]:
     """Return a `KVCacheChange` as a mapping, of what was done by vLLM or not at all."""
-    return {
-        "action": action,
-        "kv_release": kv_release,
-        "changed": not reason,
-        "bytes_before": before["kv_bytes"],
-        "bytes_after": after["kv_bytes"],
-        "rss_before": before["rss"],
-        "rss_after": after["rss"],
-        "seconds": seconds,
-        "reason": reason,
-    }
+    change = KVCacheChange(action, kv_release, before["kv_bytes"], before["rss"], not reason)
+    change.bytes_after, change.rss_after = after["kv_bytes"], after["rss"]
+    change.seconds, change.reason = seconds, reason
+    return dataclasses.asdict(change)
 
 
 def _sentence(change: Mapping[str, Any]) -> str:

@@ -129,7 +129,7 @@ class _WatchfulSocket:
         self._timeout = timeout
 
     def send_pyobj(self, message: Any) -> None:
-        # PackedLayout as long as nobody has connected: for ever, if the worker died first.
+        # Blocks as long as nobody has connected: for ever, if the worker died first.
         self._wait_for(zmq.POLLOUT)
         self._socket.send_pyobj(message)
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
-from verl_ascend_rollout.platforms.base import ROOT, PlatformFacts, installed_versions, vllm_is_built_for_cpu
+from verl_ascend_rollout.platforms.base import ROOT, PlatformFacts, vllm_is_built_for_cpu
 
 VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 """What Ray sets for its resource GPU, which is logical on a CPU."""
 
 
-def describe(
-    root: Path = ROOT, environ: Mapping[str, str] = os.environ, versions: Mapping[str, str] | None = None
-) -> PlatformFacts:
-    """Return the facts of this machine taken as a CPU (`root` and `environ`: as cuda and npu have them)."""
-    versions = installed_versions() if versions is None else versions
+def most_workers(environ: Mapping[str, str]) -> int | None:
+    """Return how many workers an engine may have: one on each memory node (vllm 0.28, v1/worker/cpu_worker.py); `None`
+    where the user has bound cores to workers."""
+    if environ.get("VLLM_CPU_SIM_MULTI_NUMA") == "1" or "|" in environ.get("VLLM_CPU_OMP_THREADS_BIND", ""):
+        return None
+    return memory_nodes()
+
+
+def memory_nodes() -> int:
+    """Return how many memory nodes this machine has."""
+    return len(list((ROOT / "sys/devices/system/node").glob("node[0-9]*"))) or 1
+
+
+def describe(versions: Mapping[str, str]) -> PlatformFacts:
+    """Return the facts of this machine taken as a CPU."""
     evidence = []
     if "vllm" not in versions:
         evidence.append("no distribution provides the module vllm")
@@ -39,10 +47,3 @@ def describe(
         abilities={"sleep_mode": False, "graphs": False, "ipc": False},
         evidence=tuple(evidence),
     )
-
-
-def find(
-    root: Path = ROOT, environ: Mapping[str, str] = os.environ, versions: Mapping[str, str] | None = None
-) -> PlatformFacts | None:
-    """Return the facts of the CPU: never `None`, whatever else the machine has."""
-    return describe(root, environ, versions)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from verl_ascend_rollout.platforms.base import (
-    ROOT,
     PlatformFacts,
     ask_smi,
-    installed_versions,
     numbered_devices,
     package_folder,
     visible_count,
@@ -21,18 +18,14 @@ VISIBLE_DEVICES = "CUDA_VISIBLE_DEVICES"
 
 
 def describe(
-    root: Path = ROOT,
-    environ: Mapping[str, str] = os.environ,
-    versions: Mapping[str, str] | None = None,
-    *,
-    smi: bool = False,
+    root: Path, environ: Mapping[str, str], versions: Mapping[str, str], *, smi: bool = False
 ) -> PlatformFacts:
     """Return the facts of this machine taken as one with GPUs, even where none is seen (`device_count` is then 0).
 
     Args:
+        root: where /dev, /proc and /sys are.
         smi: also ask `nvidia-smi`, which takes up to SMI_SECONDS; finds GPUs without device nodes, as below WSL.
     """
-    versions = installed_versions() if versions is None else versions
     evidence: list[str] = []
     nvidia = _nvidia_count(root, evidence, smi)
     amd = _amd_count(root, evidence) if nvidia == 0 else 0
@@ -57,18 +50,13 @@ def describe(
 
 
 def find(
-    root: Path = ROOT,
-    environ: Mapping[str, str] = os.environ,
-    versions: Mapping[str, str] | None = None,
-    *,
-    smi: bool = False,
+    root: Path, environ: Mapping[str, str], versions: Mapping[str, str], *, smi: bool = False
 ) -> PlatformFacts | None:
     """Return the facts, where this machine has a GPU that vLLM can use from here; else `None`.
 
     GPUs that the user hid are not there.  In a Ray worker they are: older Ray hides the GPUs from every actor that
     asks for none (ray-project/ray#54868), such as verl's TaskRunner, which must not take the machine for another.
     """
-    versions = installed_versions() if versions is None else versions
     facts = describe(root, environ, versions, smi=smi)
     if vllm_is_built_for_cpu(versions):
         return None

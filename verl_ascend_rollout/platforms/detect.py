@@ -33,18 +33,9 @@ NAMES: dict[str, tuple[PlatformName, str]] = {
     "huawei": ("npu", "huawei"),
     "ascend": ("npu", "huawei"),
 }
-"""Every name that a user may write: our name for the platform, and verl's."""
+"""Every name that a user may write: our name for the platform, and the key in verl's PlatformRegistry.
 
-
-def verl_platform_name(name: str) -> str:
-    """Return the key in verl's PlatformRegistry for a name that users write: `npu` is `huawei`, `cuda` is `nvidia`.
-
-    verl 0.9.1's documentation says VERL_PLATFORM=npu (plugin/platform/README.md), which its registry does not have.
-
-    Raises:
-        PlatformError: for a name that is none of them.
-    """
-    return _known(name)[1]
+verl 0.9.1's documentation says VERL_PLATFORM=npu (plugin/platform/README.md), which its registry does not have."""
 
 
 def detect(
@@ -76,7 +67,7 @@ def detect(
     found = npu.find(root, environ, versions, smi=smi) or cuda.find(root, environ, versions, smi=smi)
     if found is not None:
         return found
-    facts = cpu.describe(root, environ, versions)
+    facts = cpu.describe(versions)
     return dataclasses.replace(facts, evidence=(_why_cpu(root, versions), *facts.evidence))
 
 
@@ -125,7 +116,7 @@ def _describe(
         return npu.describe(root, environ, versions, smi=smi)
     if name == "cuda":
         return cuda.describe(root, environ, versions, smi=smi)
-    return cpu.describe(root, environ, versions)
+    return cpu.describe(versions)
 
 
 def _why_cpu(root: Path, versions: Mapping[str, str]) -> str:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast, get_args
 
 from verl_ascend_rollout.platforms.base import (
-    ROOT,
     PlatformFacts,
     Soc,
     ask_smi,
-    installed_versions,
     numbered_devices,
     package_folder,
     visible_count,
@@ -24,18 +21,14 @@ VISIBLE_DEVICES = "ASCEND_RT_VISIBLE_DEVICES"
 
 
 def describe(
-    root: Path = ROOT,
-    environ: Mapping[str, str] = os.environ,
-    versions: Mapping[str, str] | None = None,
-    *,
-    smi: bool = False,
+    root: Path, environ: Mapping[str, str], versions: Mapping[str, str], *, smi: bool = False
 ) -> PlatformFacts:
     """Return the facts of this machine taken as one with NPUs, even where none is seen (`device_count` is then 0).
 
     Args:
+        root: where /dev, /proc and /sys are.
         smi: also ask `npu-smi` for the name of the chip, which takes up to SMI_SECONDS.
     """
-    versions = installed_versions() if versions is None else versions
     evidence: list[str] = []
     nodes = numbered_devices(root, "davinci")
     evidence.append(f"/dev has {', '.join(nodes)}" if nodes else "/dev has no davinci<number>")
@@ -64,18 +57,13 @@ def describe(
 
 
 def find(
-    root: Path = ROOT,
-    environ: Mapping[str, str] = os.environ,
-    versions: Mapping[str, str] | None = None,
-    *,
-    smi: bool = False,
+    root: Path, environ: Mapping[str, str], versions: Mapping[str, str], *, smi: bool = False
 ) -> PlatformFacts | None:
     """Return the facts, where this is a machine for NPUs; else `None`.
 
     An installed torch-npu is enough, as it is for verl, which asks only whether it can be imported (verl 0.9.1,
     plugin/platform/platform_npu.py:60): a Ray actor that was given no NPU has no device to show.
     """
-    versions = installed_versions() if versions is None else versions
     if "torch-npu" in versions:
         return describe(root, environ, versions, smi=smi)
     if numbered_devices(root, "davinci") and not vllm_is_built_for_cpu(versions):

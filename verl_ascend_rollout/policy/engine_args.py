@@ -8,7 +8,9 @@ A value that the user set wins.  Where it cannot work there, `decide` raises and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from verl_ascend_rollout.options import ROLLOUT
 from verl_ascend_rollout.platforms.base import PlatformFacts, vllm_is_built_for_cpu
@@ -81,6 +83,32 @@ def decide(facts: PlatformFacts, request: EngineRequest | None = None) -> Decisi
     if conflicts:
         raise PolicyError("; ".join(conflicts))
     return decisions
+
+
+def add_to(engine_kwargs: dict[str, Any], decisions: Decisions) -> None:
+    """Add what was decided to vLLM's arguments, of which verl merges the user's last; what the user wrote there stays.
+
+    Args:
+        engine_kwargs: changed in place.
+        decisions: have taken the user's arguments into account already.
+    """
+    # Both are fields of verl's own configuration, which the user's arguments would undo.
+    engine_kwargs.pop("enforce_eager", None)
+    engine_kwargs.pop("enable_sleep_mode", None)
+    decided = {name: decisions[name].value for name in ("cudagraph_mode", "cudagraph_capture_sizes")}
+    graph_settings = {name: value for name, value in decided.items() if value is not None}
+    engine_kwargs["compilation_config"] = {**_as_mapping(engine_kwargs, "compilation_config"), **graph_settings}
+    # Decided only where the user set none.
+    engine_kwargs.update({decision.name: decision.value for decision in decisions if decision.name == KV_BYTES})
+    if decisions.additional_config:
+        wished = _as_mapping(engine_kwargs, "additional_config")
+        engine_kwargs["additional_config"] = {**decisions.additional_config, **wished}
+
+
+def _as_mapping(engine_kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an argument that may be written as JSON."""
+    written = engine_kwargs.get(name) or {}
+    return dict(json.loads(written) if isinstance(written, str) else written)
 
 
 # --- the decisions, in the order in which one needs the other ---------------------------------------------------------

@@ -88,9 +88,9 @@ def read(path: str) -> Job:
     try:
         config = OmegaConf.load(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {_first_line(error)}") from None
+        raise ConfigError(f"--config {path} cannot be read: {first_line(error)}") from None
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"--config {path} is no YAML file: {_first_line(error)}") from None
+        raise ConfigError(f"--config {path} is no YAML file: {first_line(error)}") from None
     if not isinstance(config, DictConfig):
         raise ConfigError(f"--config {path} has no settings in it: give a job's .hydra/config.yaml")
     try:
@@ -100,7 +100,7 @@ def read(path: str) -> Job:
         model = _plain(OmegaConf.select(config, "actor_rollout_ref.model")) if whole else {}
     except OmegaConfBaseException as error:
         raise ConfigError(
-            f"--config {path} has a setting that cannot be resolved: {_first_line(error)}; give the composed "
+            f"--config {path} has a setting that cannot be resolved: {first_line(error)}; give the composed "
             "configuration (a job's .hydra/config.yaml)"
         ) from None
     if not ROLLOUT_KEYS & rollout.keys():
@@ -124,26 +124,33 @@ def read(path: str) -> Job:
     except OptionError as error:
         raise ConfigError(f"--config {path}: {error}") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"--config {path} has a rollout setting of the wrong kind: {_first_line(error)}") from None
+        raise ConfigError(f"--config {path} has a rollout setting of the wrong kind: {first_line(error)}") from None
     return Job(
         request, tuple(notes), config if whole else OmegaConf.create({"actor_rollout_ref": {"rollout": rollout}})
     )
 
 
 def read_model(folder: str) -> ModelFacts:
-    """Return what the `config.json` in a model's folder says.
+    """Return what matters to a decision of the `config.json` in a model's folder; see `read_model_config`."""
+    return ModelFacts.from_config(read_model_config(Path(folder)))
+
+
+def read_model_config(folder: Path) -> Mapping[str, Any]:
+    """Return the `config.json` in a model's folder.
 
     Raises:
         ConfigError: there is none, or it is no JSON mapping.
     """
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} has no config.json: give a checkpoint's folder, as the hub has it") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as a model's configuration: {_first_line(error)}") from None
+        raise ConfigError(f"{path} cannot be read as a model's configuration: {first_line(error)}") from None
     if not isinstance(config, Mapping):
         raise ConfigError(f"{path} cannot be read as a model's configuration: it is no JSON object")
-    return ModelFacts.from_config(config)
+    return config
 
 
 def _plain(node: Any) -> dict[str, Any]:
@@ -157,6 +164,7 @@ def _plain(node: Any) -> dict[str, Any]:
     return {str(key): value for key, value in resolved.items() if value != "???"}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an exception says, as the end of a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -91,62 +91,56 @@ def settings(facts: PlatformFacts, request: EngineRequest, sleep_mode: bool, mod
 
 
 def _nz(request: EngineRequest, release: Release | None) -> Iterator[Decision]:
-    if releases.ENVIRONMENT.may_be_in(release):
-        nz = request.environ.get(NZ_VARIABLE)
-        yield Decision(
-            ENVIRONMENT + NZ_VARIABLE,
-            "0" if nz is None else nz,
-            "weights in NZ layout cannot be written by a weight sync, and wake_up raises; vllm-ascend's own default is "
-            "1",
-            "vllm-ascend 0.11 worker/worker_v1.py:183, 0.13 worker/worker.py:181, 0.18:209, 0.23 ascend_config.py:249; "
-            "#4495, #4960"
-            if nz is None
-            else f"your environment variable {NZ_VARIABLE}",
-            "read",
-            "engine start",
-        )
-    if releases.SETTINGS.may_be_in(release):
-        wished = request.additional_config.get("weight_nz_mode")
-        yield Decision(
-            ADDITIONAL_CONFIG + "weight_nz_mode",
-            0 if wished is None else wished,
-            "the same for NZ, which vllm-ascend takes from its configuration from 0.20 on",
-            "vllm-ascend 0.20.2 worker/worker.py:215, ascend_config.py:218; 0.23 worker/worker.py:242, "
-            "ascend_config.py:249; 0.28 worker/worker.py:273"
-            if wished is None
-            else f"{VLLM_KWARGS}.additional_config.weight_nz_mode",
-            "read",
-        )
+    in_environment = (
+        "weights in NZ layout cannot be written by a weight sync, and wake_up raises; vllm-ascend's own default is 1",
+        "vllm-ascend 0.11 worker/worker_v1.py:183, 0.13 worker/worker.py:181, 0.18:209, 0.23 ascend_config.py:249; "
+        "#4495, #4960",
+    )
+    in_settings = (
+        "the same for NZ, which vllm-ascend takes from its configuration from 0.20 on",
+        "vllm-ascend 0.20.2 worker/worker.py:215, ascend_config.py:218; 0.23 worker/worker.py:242, "
+        "ascend_config.py:249; 0.28 worker/worker.py:273",
+    )
+    yield from _off(request, release, NZ_VARIABLE, "weight_nz_mode", in_environment, in_settings)
 
 
 def _fused_mc2(request: EngineRequest, release: Release | None) -> Iterator[Decision]:
     """Yield the fused kernel for experts on several devices.  Models without experts have no use for it."""
     if request.model.experts == 0 or not releases.FUSED_MC2.may_be_in(release):
         return
-    reason = "the fused kernel for experts takes their weights in NZ layout only, which a weight sync cannot write"
-    source = "vllm-ascend 0.18 ops/fused_moe/fused_moe.py:90, 0.23:127; 0.28 ops/fused_moe/routed_experts.py:115"
+    why = (
+        "the fused kernel for experts takes their weights in NZ layout only, which a weight sync cannot write",
+        "vllm-ascend 0.18 ops/fused_moe/fused_moe.py:90, 0.23:127; 0.28 ops/fused_moe/routed_experts.py:115",
+    )
     if not releases.FUSED_MC2_IN_NZ.may_be_in(release):
-        reason = "vllm-ascend's own default; the fused kernel is for experts quantized as w8a8_dynamic only"
-        source = "vllm-ascend 0.13 vllm_ascend/ascend_forward_context.py:258, envs.py:137"
+        why = (
+            "vllm-ascend's own default; the fused kernel is for experts quantized as w8a8_dynamic only",
+            "vllm-ascend 0.13 vllm_ascend/ascend_forward_context.py:258, envs.py:137",
+        )
+    yield from _off(request, release, "VLLM_ASCEND_ENABLE_FUSED_MC2", "enable_fused_mc2", why, why)
+
+
+def _off(
+    request: EngineRequest,
+    release: Release | None,
+    variable: str,
+    field: str,
+    in_environment: tuple[str, str],
+    in_settings: tuple[str, str],
+) -> Iterator[Decision]:
+    """Yield 0 for what vllm-ascend takes from a variable, or from a field of its settings, each where the release may
+    read it, with its reason and source; what the user set there stays."""
     if releases.ENVIRONMENT.may_be_in(release):
-        fused = request.environ.get("VLLM_ASCEND_ENABLE_FUSED_MC2")
-        yield Decision(
-            ENVIRONMENT + "VLLM_ASCEND_ENABLE_FUSED_MC2",
-            "0" if fused is None else fused,
-            reason,
-            source if fused is None else "your environment variable VLLM_ASCEND_ENABLE_FUSED_MC2",
-            "read",
-            "engine start",
-        )
+        reason, source = in_environment
+        set_to = request.environ.get(variable)
+        source = source if set_to is None else f"your environment variable {variable}"
+        value = "0" if set_to is None else set_to
+        yield Decision(ENVIRONMENT + variable, value, reason, source, "read", "engine start")
     if releases.SETTINGS.may_be_in(release):
-        wished = request.additional_config.get("enable_fused_mc2")
-        yield Decision(
-            ADDITIONAL_CONFIG + "enable_fused_mc2",
-            0 if wished is None else wished,
-            reason,
-            source if wished is None else f"{VLLM_KWARGS}.additional_config.enable_fused_mc2",
-            "read",
-        )
+        reason, source = in_settings
+        wished = request.additional_config.get(field)
+        source = source if wished is None else f"{VLLM_KWARGS}.additional_config.{field}"
+        yield Decision(ADDITIONAL_CONFIG + field, 0 if wished is None else wished, reason, source, "read")
 
 
 def conflicts(facts: PlatformFacts, request: EngineRequest, sleep_mode: bool, eager: bool, mode: str) -> Iterator[str]:

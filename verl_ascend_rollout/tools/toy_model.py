@@ -7,6 +7,7 @@ gated shared expert, qkv biases, no tied embeddings); only its widths, its depth
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +64,7 @@ class Geometry:
 
     def bytes(self) -> int:
         """Return the bytes of the checkpoint in bf16."""
-        total = 0
-        for _, shape in self.tensors():
-            elements = 1
-            for size in shape:
-                elements *= size
-            total += elements
-        return total * BYTES_PER_ELEMENT
+        return sum(math.prod(shape) for _, shape in self.tensors()) * BYTES_PER_ELEMENT
 
     def config(self) -> dict[str, Any]:
         """config.json: the keys of Qwen/Qwen1.5-MoE-A2.7B."""

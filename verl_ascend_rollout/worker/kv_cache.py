@@ -28,6 +28,8 @@ import torch
 from verl_ascend_rollout.options import KVMethod
 from verl_ascend_rollout.worker import kv_references
 
+KVAction = Literal["free", "init"]
+
 METHODS: tuple[KVMethod, ...] = get_args(KVMethod)
 """All of them, in the order in which they are tried where there is no policy (a smoke test, a script)."""
 
@@ -36,7 +38,7 @@ METHODS: tuple[KVMethod, ...] = get_args(KVMethod)
 class KVCacheChange:
     """What one `free_cache_engine` or `init_cache_engine` did; filled in while it works."""
 
-    action: Literal["free", "init"]
+    action: KVAction
     kv_release: KVMethod  # the method that was used
     bytes_before: int  # bytes that KV tensors hold, each storage counted once
     rss_before: int  # resident memory of the worker process, in bytes
@@ -415,7 +417,7 @@ def memory(worker: Any) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def _measured(worker: Any, action: Literal["free", "init"], method: KVMethod) -> Iterator[KVCacheChange]:
+def _measured(worker: Any, action: KVAction, method: KVMethod) -> Iterator[KVCacheChange]:
     change = KVCacheChange(action, method, kv_bytes(worker), resident())
     started = time.perf_counter()
     yield change

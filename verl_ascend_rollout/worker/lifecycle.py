@@ -74,14 +74,14 @@ class AscendSafeLifecycle:
         }
 
     def ascend_safe_call(self, method: str, keywords: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Call `method` and answer with its result or its error, never with an exception (see `answers`).
+        """Call `method` and answer with its result or its error, never with an exception (see `worker_rpc`).
 
         Args:
             method: the name of a method of this worker.
             keywords: its arguments.
 
         Returns:
-            What `answers.values` takes.
+            What `worker_rpc.unwrap` takes.
         """
         return worker_rpc.capture(lambda: getattr(self, method)(**(keywords or {})), method)
 
@@ -127,14 +127,12 @@ class AscendSafeLifecycle:
         Returns:
             `kv_bytes`, `device_used` (of the whole device, by the driver's count; 0 on a CPU), `rss`, `pid`.
         """
-        import psutil
-
         if kv_asleep is not None:
             self._ascend_safe_kv_asleep = kv_asleep
         return {
             "kv_bytes": kv_cache.kv_bytes(self),
             "device_used": kv_cache.device_used(self),
-            "rss": int(psutil.Process().memory_info().rss),
+            "rss": kv_cache.resident(),
             "pid": os.getpid(),
         }
 

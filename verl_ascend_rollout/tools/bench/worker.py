@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from verl_ascend_rollout.integration import verl_sequence
 from verl_ascend_rollout.options import KVMethod
 from verl_ascend_rollout.tools.bench.kv import FLOOR, sample
 from verl_ascend_rollout.worker import kv_cache, kv_references
 from verl_ascend_rollout.worker.lifecycle import AscendSafeLifecycle
-from verl_ascend_rollout.worker.weights import merged_experts, sync
+from verl_ascend_rollout.worker.weights import merged_experts
 from verl_ascend_rollout.worker.weights.manifest import first_line
 from verl_ascend_rollout.worker.weights.plan import Plan
 
@@ -87,18 +88,8 @@ class BenchWorker(AscendSafeLifecycle):
         )
 
     def bench_verl(self, repeats: int) -> dict[str, Any]:
-        """Do what verl 0.9.1's worker extension does with one full set of weights (vllm_rollout/utils.py, by name)."""
-
-        def load() -> None:
-            from verl.utils.vllm.patch import patch_vllm_moe_model_weight_loader
-            from vllm.model_executor.model_loader.utils import process_weights_after_loading
-
-            model = sync.unwrapped(self.model_runner)
-            patch_vllm_moe_model_weight_loader(model)
-            model.load_weights(self._bench_stream())
-            process_weights_after_loading(model, self.model_runner.vllm_config.model_config, self._bench_device)
-
-        return self._bench_measure(load, repeats)
+        """Load by verl's own sequence."""
+        return self._bench_measure(lambda: verl_sequence.load(self.model_runner, self._bench_stream()), repeats)
 
     def bench_kv_methods(self) -> dict[str, Any]:
         """Return the methods that work here, the one that is chosen, and why others do not work."""
@@ -150,7 +141,7 @@ class BenchWorker(AscendSafeLifecycle):
 
     @property
     def _bench_device(self) -> torch.device:
-        return getattr(self, "device", None) or torch.device("cpu")
+        return kv_cache.device_of(self)
 
     @property
     def _bench_module(self) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.plot is not None:
             plot.draw(found, arguments.plot)
     except ReportError as error:
-        told = wording.clipped(wording.line(str(error)), LONGEST_ERROR)
-        print(redact(f"ascend-safe: {told}"), file=sys.stderr)
-        return 2
+        return terminal.fail(redact(wording.clipped(wording.line(str(error)), LONGEST_ERROR)), 2)
     out = terminal.console()
     if arguments.markdown is not None:
         clean = people.redacted()

@@ -61,13 +61,13 @@ class Machine:
     temporary: Path  # the folder for temporary files
 
     @classmethod
-    def measure(cls, root: Path = Path("/")) -> Machine:
+    def measure(cls) -> Machine:
         """Look at this machine."""
         import resource
 
         total = free = None
         with contextlib.suppress(OSError):
-            status = os.statvfs(root / "dev" / "shm")
+            status = os.statvfs("/dev/shm")
             total, free = status.f_frsize * status.f_blocks, status.f_frsize * status.f_bavail
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         soft, hard = (2**31 if limit == resource.RLIM_INFINITY else limit for limit in limits)

@@ -87,7 +87,7 @@ def examine(with_live: bool = False) -> Report:
         "devices": facts.device_count,
         "versions": dict(versions),
         "prefix": sys.prefix,
-        **identity.identity(search, environ, ROOT, chip),
+        **identity.identity(search, environ, chip),
     }
     return _report("ascend-safe doctor", found, checks)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from verl_ascend_rollout.platforms.installed import OURS, PACKAGES, Search, checkout_of
 from verl_ascend_rollout.tools.redaction import redact
 
-TOOLKITS = ("usr/local/Ascend/ascend-toolkit/latest", "usr/local/Ascend/cann")
+TOOLKITS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann")
 
-DRIVER = "usr/local/Ascend/driver/version.info"
+DRIVER = Path("/usr/local/Ascend/driver/version.info")
 
 MATTERS = re.compile(
     r"(VERL|VLLM|ASCEND|HCCL|ACL|RAY)_\w+|(PYTORCH|TORCH)_(NPU|CUDA)_ALLOC_CONF|TASK_QUEUE_ENABLE|CPU_AFFINITY_CONF"
@@ -28,16 +28,15 @@ LONGEST = 200
 """Characters of a value that are shown."""
 
 
-def identity(search: Search, environ: Mapping[str, str], root: Path, chip: str | None) -> dict[str, object]:
+def identity(search: Search, environ: Mapping[str, str], chip: str | None) -> dict[str, object]:
     """Return the facts, by name; what is not there is left out.
 
     Args:
-        root: where /usr is.
         chip: its name by npu-smi.
     """
     found = {
-        "cann": cann(environ, root),
-        "driver": driver(root),
+        "cann": cann(environ),
+        "driver": driver(),
         "chip": chip,
         "checkouts": commits(search),
         "variables": variables(environ),
@@ -45,10 +44,10 @@ def identity(search: Search, environ: Mapping[str, str], root: Path, chip: str |
     return {name: value for name, value in found.items() if value}
 
 
-def cann(environ: Mapping[str, str], root: Path) -> str | None:
+def cann(environ: Mapping[str, str]) -> str | None:
     """Return the version of the CANN toolkit, where verl looks for it (0.9.1, utils/device.py, get_npu_versions)."""
     named = [environ[name] for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME") if environ.get(name)]
-    for folder in (*map(Path, named), *(root / toolkit for toolkit in TOOLKITS)):
+    for folder in map(Path, (*named, *TOOLKITS)):
         file = folder / f"{machine_names.machine()}-linux" / "ascend_toolkit_install.info"
         found = re.search(r"^version=(\S+)", _text(file), re.MULTILINE)
         if found:
@@ -56,9 +55,9 @@ def cann(environ: Mapping[str, str], root: Path) -> str | None:
     return None
 
 
-def driver(root: Path) -> str | None:
+def driver() -> str | None:
     """Return the version of the NPU driver."""
-    found = re.search(r"^Version\s*=\s*(\S+)", _text(root / DRIVER), re.MULTILINE | re.IGNORECASE)
+    found = re.search(r"^Version\s*=\s*(\S+)", _text(DRIVER), re.MULTILINE | re.IGNORECASE)
     return found[1] if found else None
 
 

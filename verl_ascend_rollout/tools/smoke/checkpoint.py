@@ -10,13 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl_ascend_rollout.policy.job_config import ConfigError, first_line, read_model_config
 from verl_ascend_rollout.policy.request import ModelFacts
 
 MIB = 2**20
-
-
-class CheckpointError(ValueError):
-    """The folder is no checkpoint.  One sentence: what is wrong, where, what to do."""
 
 
 @dataclass(frozen=True)
@@ -62,17 +59,9 @@ def read(folder: Path) -> Checkpoint:
     """Read a checkpoint's configuration and the headers of its weight files.
 
     Raises:
-        CheckpointError: there is no configuration, or it or a weight file is broken.
+        ConfigError: there is no configuration, or it or a weight file is broken.
     """
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} has no config.json: give a checkpoint's folder, as the hub has it") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a model's configuration: {_first_line(error)}") from None
-    if not isinstance(config, Mapping):
-        raise CheckpointError(f"{path} cannot be read as a model's configuration: it is no JSON object")
+    config = read_model_config(folder)
     files = weight_files(folder)
     return Checkpoint(folder, config, ModelFacts.from_config(config), files, _parameters(files))
 
@@ -83,17 +72,17 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     Some checkpoints have the weights once more in another naming (Mistral's consolidated.safetensors).
 
     Raises:
-        CheckpointError: the index is broken, or a file that it names is not there.
+        ConfigError: the index is broken, or a file that it names is not there.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            raise CheckpointError(f"{index} cannot be read: copy the checkpoint again") from None
+            raise ConfigError(f"{index} cannot be read: copy the checkpoint again") from None
         missing = sorted(name for name in names if not (folder / name).is_file())
         if missing:
-            raise CheckpointError(
+            raise ConfigError(
                 f"{folder} lacks {len(missing)} of its {len(names)} weight files ({missing[0]}, ...): copy the "
                 "checkpoint again"
             )
@@ -105,7 +94,7 @@ def _parameters(files: tuple[Path, ...]) -> int | None:
     """Return how many numbers all tensors have, by the files' headers.
 
     Raises:
-        CheckpointError: a file is no safetensors file, or ends before its tensors do.
+        ConfigError: a file is no safetensors file, or ends before its tensors do.
     """
     if not files:
         return None
@@ -117,12 +106,7 @@ def _parameters(files: tuple[Path, ...]) -> int | None:
             with safe_open(path, framework="numpy") as file:
                 total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} is no whole safetensors file ({_first_line(error)}): copy the checkpoint again"
+            raise ConfigError(
+                f"{path} is no whole safetensors file ({first_line(error)}): copy the checkpoint again"
             ) from None
     return total
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -22,7 +22,7 @@ from verl_ascend_rollout.tools.arguments import gib, positive, seconds, share
 from verl_ascend_rollout.tools.redaction import redact, redact_file
 from verl_ascend_rollout.tools.smoke import request, run, text
 from verl_ascend_rollout.tools.smoke.request import Options, RequestError
-from verl_ascend_rollout.tools.terminal import Progress, console
+from verl_ascend_rollout.tools.terminal import Progress, console, fail
 
 INTERRUPTED = 128
 """What a shell adds to the number of the signal that ended a command."""
@@ -100,8 +100,7 @@ def start(arguments: argparse.Namespace) -> int:
         # Before anything of vLLM is imported, here or in the processes that are started from here.
         put_first = tuple(fix.sentence() for fix in import_fix.begin(arguments))
     except import_fix.ImportFixError as error:
-        print(redact(f"ascend-safe: {error}"), file=sys.stderr)
-        return 1
+        return fail(redact(str(error)), 1)
     out = Path()
     try:
         facts = detect(smi=False)
@@ -117,11 +116,9 @@ def start(arguments: argparse.Namespace) -> int:
     try:
         report, found, stopped = run.run(prepared, progress.phase, lambda: progress.tick(prepared.options.timeout))
     except (reports.ReportError, OSError) as error:
-        print(redact(f"ascend-safe: {error}"), file=sys.stderr)
-        return 1
+        return fail(redact(str(error)), 1)
     except KeyboardInterrupt:  # while no child ran
-        print("ascend-safe: stopped", file=sys.stderr)
-        return INTERRUPTED + signal.SIGINT
+        return fail("stopped", INTERRUPTED + signal.SIGINT)
     finally:
         progress.close()
         redact_file(out / run.LOG)  # people are asked to send it
@@ -168,7 +165,6 @@ def _bundle(path: Path) -> int:
     try:
         size = bundle.write(path)
     except OSError as error:
-        print(redact(f"ascend-safe: {path} cannot be written: {error.strerror}"), file=sys.stderr)
-        return 2
+        return fail(redact(f"{path} cannot be written: {error.strerror}"), 2)
     print(f"{path}: {size / 1024:.0f} KiB; run it with the Python that has vLLM: python {path.name} --tiny")
     return 0

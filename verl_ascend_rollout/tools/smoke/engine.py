@@ -83,7 +83,7 @@ class Engine:
         """Call a method of our worker extension on every worker.
 
         Raises:
-            answers.WorkerError: it failed on one of them.
+            WorkerError: it failed on one of them.
         """
         call = {"method": method, "keywords": keywords}
         return worker_rpc.unwrap(method, self.llm.collective_rpc("ascend_safe_call", kwargs=call))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import platform as python
 import re
-from importlib import metadata
 from pathlib import Path
 
 import psutil
 
 from verl_ascend_rollout import __version__
-from verl_ascend_rollout.platforms.base import ROOT, PlatformFacts, ask_smi
+from verl_ascend_rollout.platforms.base import PlatformFacts, ask_smi
+from verl_ascend_rollout.platforms.installed import installed_version
 
 DISTRIBUTIONS = (
     "torch",
@@ -29,17 +30,11 @@ DISTRIBUTIONS = (
 
 def versions(facts: PlatformFacts) -> dict[str, str]:
     """Versions of the packages that matter, ours and Python's among them."""
-    import platform
-
-    found = {"python": platform.python_version(), "ascend-safe": __version__}
+    found = {"python": python.python_version(), "ascend-safe": __version__}
     if "vllm" in facts.versions:
         found[facts.versions.get("vllm_distribution", "vllm")] = facts.versions["vllm"]
-    for name in DISTRIBUTIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            version: str | None = metadata.version(name)
-            if version is not None:
-                found[name] = version
-    return found
+    versions = {name: installed_version(name) for name in DISTRIBUTIONS}
+    return {**found, **{name: version for name, version in versions.items() if version is not None}}
 
 
 def driver(platform: str) -> str | None:
@@ -54,21 +49,21 @@ def driver(platform: str) -> str | None:
     return None
 
 
-def processor(root: Path = ROOT) -> str | None:
+def processor() -> str | None:
     """Return the CPU's name."""
     with contextlib.suppress(OSError):
-        for line in (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return None
 
 
-def available_memory(root: Path = ROOT) -> int:
+def available_memory() -> int:
     """Return the bytes of memory that this process can still have: the machine's, or its control group's where that is
     less."""
     available = int(psutil.virtual_memory().available)
     with contextlib.suppress(OSError, ValueError):
-        group = root / "sys/fs/cgroup"
+        group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())  # "max" where there is none
         used = int((group / "memory.current").read_text())
         available = min(available, max(limit - used, 0))

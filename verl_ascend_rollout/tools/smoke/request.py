@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from verl_ascend_rollout import import_fix
-from verl_ascend_rollout.platforms.base import ROOT, PlatformError, PlatformFacts, package_folder
+from verl_ascend_rollout.platforms import cpu
+from verl_ascend_rollout.platforms.base import PlatformError, PlatformFacts, package_folder
 from verl_ascend_rollout.policy.decision import Decisions
 from verl_ascend_rollout.policy.engine_args import PolicyError, decide
+from verl_ascend_rollout.policy.job_config import ConfigError
 from verl_ascend_rollout.policy.request import EngineRequest, ModelFacts
 from verl_ascend_rollout.tools import toy_checkpoint
 from verl_ascend_rollout.tools.smoke import checkpoint
-from verl_ascend_rollout.tools.smoke.checkpoint import Checkpoint, CheckpointError
+from verl_ascend_rollout.tools.smoke.checkpoint import Checkpoint
 from verl_ascend_rollout.tools.smoke.lines import STEP_MARK
 from verl_ascend_rollout.tools.toy_model import Geometry
 
@@ -102,7 +104,7 @@ def prepare(options: Options, facts: PlatformFacts, environ: Mapping[str, str] =
     refuse_impossible(options, facts, environ)
     try:
         found = _make_tiny(options) if options.tiny else _local(str(options.model))
-    except CheckpointError as error:
+    except ConfigError as error:
         raise RequestError(str(error)) from None
     model = found.facts if found is not None else ModelFacts()
     if options.expert_parallel and model.experts == 0:
@@ -137,7 +139,7 @@ def prepare(options: Options, facts: PlatformFacts, environ: Mapping[str, str] =
     return Request(options, facts, decisions, path, found, _arguments(options, facts, decisions, found), environment)
 
 
-def refuse_impossible(options: Options, facts: PlatformFacts, environ: Mapping[str, str], root: Path = ROOT) -> None:
+def refuse_impossible(options: Options, facts: PlatformFacts, environ: Mapping[str, str]) -> None:
     """Refuse what can be told to be impossible without the model.
 
     Raises:
@@ -156,10 +158,8 @@ def refuse_impossible(options: Options, facts: PlatformFacts, environ: Mapping[s
         )
     wanted, there = options.tensor_parallel, facts.device_count
     if facts.name == "cpu":
-        nodes = len(list((root / "sys/devices/system/node").glob("node[0-9]*"))) or 1
-        bound = environ.get("VLLM_CPU_SIM_MULTI_NUMA") == "1" or "|" in environ.get("VLLM_CPU_OMP_THREADS_BIND", "")
-        if wanted > nodes and not bound:
-            # vllm 0.28, v1/worker/cpu_worker.py: one worker on each memory node.
+        nodes = cpu.most_workers(environ)
+        if nodes is not None and wanted > nodes:
             raise RequestError(
                 f"--tp {wanted} takes {wanted} memory nodes on a CPU, and this machine has {nodes}: say --tp {nodes}, "
                 "or bind cores to ranks with VLLM_CPU_OMP_THREADS_BIND=0-1|2-3"
@@ -188,7 +188,7 @@ def _local(model: str) -> Checkpoint | None:
 
     Raises:
         RequestError: it looks like a folder and is not there.
-        CheckpointError: it is there and no checkpoint.
+        ConfigError: it is there and no checkpoint.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():

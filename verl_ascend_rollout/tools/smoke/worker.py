@@ -97,7 +97,7 @@ class SmokeWorker(AscendSafeLifecycle):
         runner = self.model_runner
         config = runner.vllm_config
         model = sync.unwrapped(runner)
-        device = getattr(self, "device", None) or torch.device("cpu")
+        device = kv_cache.device_of(self)
         available, total = kv_cache.memory(self)
         cache = runner.kv_cache_config if hasattr(runner, "kv_cache_config") else None
         groups = len(getattr(cache, "kv_cache_groups", None) or ()) or 1
