@@ -301,19 +301,19 @@ def test_a_checkout_is_known_by_its_commit(tmp_path: Path) -> None:
     assert identity._commit(tmp_path / "elsewhere") is None
 
 
-def test_the_version_of_cann(tmp_path: Path) -> None:
+def test_the_version_of_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / f"{machine_names.machine()}-linux" / "ascend_toolkit_install.info"
     path.parent.mkdir()
     path.write_text("package_name=Ascend-cann-toolkit\nversion=9.1.0\n")
-    assert identity.cann({"ASCEND_HOME_PATH": str(tmp_path)}, tmp_path) == "9.1.0"
-    assert identity.cann({}, tmp_path) is None
+    assert identity.cann({"ASCEND_HOME_PATH": str(tmp_path)}) == "9.1.0"
+    monkeypatch.setattr(identity, "TOOLKITS", (str(tmp_path / "none"),))
+    assert identity.cann({}) is None
 
 
-def test_the_driver_and_the_variables_that_matter(tmp_path: Path) -> None:
-    folder = tmp_path / "usr/local/Ascend/driver"
-    folder.mkdir(parents=True)
-    (folder / "version.info").write_text("Version=25.5.0\nascendhal_version=7.35.23\n")
-    assert identity.driver(tmp_path) == "25.5.0"
+def test_the_driver_and_the_variables_that_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(identity, "DRIVER", tmp_path / "version.info")
+    identity.DRIVER.write_text("Version=25.5.0\nascendhal_version=7.35.23\n")
+    assert identity.driver() == "25.5.0"
     environ = {
         "VLLM_ASCEND_ENABLE_NZ": "0",
         "TASK_QUEUE_ENABLE": "1",
