@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import shutil
+import socket
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,3 +77,27 @@ def test_the_driver_of_a_job_is_told(nodes: tuple[Node, ...]) -> None:
 def test_a_cluster_that_is_not_there_is_one_sentence() -> None:
     with pytest.raises(cluster.ClusterError, match=r"^a cluster that is gone cannot be joined \(.*\): see whether it"):
         cluster.ask(Joined("a cluster that is gone", "127.0.0.1:1"))
+
+
+def test_a_cluster_that_asks_for_a_token_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
+    folder = tempfile.mkdtemp()  # pytest's is too long for Ray's sockets
+    head = subprocess.Popen(
+        [*command, "--num-cpus=1", "--include-dashboard=false", "--disable-usage-stats"],
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 32, "RAY_TMPDIR": folder},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert head.stdout is not None
+        assert any("Ray runtime started" in line for line in head.stdout)
+        monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+        with pytest.raises(cluster.ClusterError, match=r"^a cluster asks for a token, and this process has none or an"):
+            cluster.ask(Joined("a cluster", f"127.0.0.1:{port}"))
+    finally:
+        head.terminate()  # with --block it ends all that it has started
+        head.communicate(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -134,6 +134,12 @@ def _ask(words: str, address: str | None) -> tuple[Node, ...]:
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             why = lines[-1] if lines else f"exit status {done.returncode}"
+            if "InvalidAuthToken" in done.stderr:  # of which Ray's last line says nothing (ray 2.60)
+                raise ClusterError(
+                    f"{words} asks for a token, and this process has none or another (InvalidAuthToken): set "
+                    "RAY_AUTH_MODE=token, with the head node's ~/.ray/auth_token here, or start the cluster with "
+                    "RAY_AUTH_MODE=disabled"
+                )
             raise ClusterError(
                 f"{words} cannot be joined ({why}): see whether it is up (`ray status`), or give its address"
             )
