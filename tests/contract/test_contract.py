@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -71,12 +70,10 @@ def test_the_releases_that_have_all_of_it_are_named(release: tuple[str, probe.Tr
     assert [symbol.key for symbol in asked if symbol.required and probe.find(symbol, trees) is None] == []
 
 
-def test_the_installed_verl_has_all_of_it_and_is_read_quickly() -> None:
+def test_the_installed_verl_has_all_of_it() -> None:
     trees = probe.installed()
     assert trees is not None
-    started = time.process_time()
     assert probe.probe(trees).missing == ()
-    assert time.process_time() - started < 0.15
 
 
 def test_half_a_gate_is_refused(verl_wheel: Callable[[str], str]) -> None:
