@@ -427,7 +427,9 @@ class Training:
         """Run it to its end, or to the end of its time."""
         fix = ["--no-import-fix"] if self.options.no_import_fix else []
         choice = [] if self.options.rollout == OURS else [f"rollout={self.options.rollout}"]
-        command = ["bash", str(HERE / "run.sh"), *fix, *choice, *self.options.settings]
+        # A cluster that somebody has started on this machine is not joined.
+        own = "++ray_kwargs.ray_init.address=local"
+        command = ["bash", str(HERE / "run.sh"), *fix, *choice, own, *self.options.settings]
         ended = run(command, self.options, self.screen, on_line=self._take, on_tick=self._look)
         self._look()
         return ended

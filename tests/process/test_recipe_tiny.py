@@ -356,13 +356,17 @@ def test_a_good_run_ends_with_0_a_summary_and_a_plot(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "reward.png").exists()
 
 
+OWN_RAY = "++ray_kwargs.ray_init.address=local"
+"""Without it the demo would join a cluster that somebody has started on this machine."""
+
+
 def test_what_hides_vllm_is_shown_and_can_be_left(tmp_path: Path) -> None:
     said = "import sys; print('import fix: ./vllm hides it', sys.argv[1:], flush=True)\nsys.exit(1)\n"
     script = _recipe_with(tmp_path / "recipe", said)
     stdout, _ = _start(script, tmp_path / "out").communicate(timeout=120)
-    assert "import fix: ./vllm hides it []" in stdout
+    assert f"import fix: ./vllm hides it ['{OWN_RAY}']" in stdout
     stdout, _ = _start(script, tmp_path / "out", "--no-import-fix").communicate(timeout=120)
-    assert "import fix: ./vllm hides it ['--no-import-fix']" in stdout
+    assert f"import fix: ./vllm hides it ['--no-import-fix', '{OWN_RAY}']" in stdout
 
 
 def test_a_failed_run_ends_with_1_one_sentence_and_the_end_of_the_log(tmp_path: Path) -> None:
@@ -382,7 +386,7 @@ def test_the_control_runs_verls_own_rollout_on_as_many_devices(tmp_path: Path) -
     script = _recipe_with(tmp_path / "recipe", "import os, sys; print(sys.argv[1:], os.environ['DEVICES'])")
     process = _start(script, tmp_path / "out", "--rollout", "vllm", "--tp", "2")
     process.communicate(timeout=120)
-    assert "['rollout=vllm'] 2" in (tmp_path / "out" / "train.log").read_text()
+    assert f"['rollout=vllm', '{OWN_RAY}'] 2" in (tmp_path / "out" / "train.log").read_text()
 
 
 def test_a_run_that_takes_too_long_ends_with_1(tmp_path: Path) -> None:
