@@ -91,8 +91,9 @@ stacks: ## the stacks that the demo trains on, and who has them
 test: setup lint ## what runs without an accelerator
 	$(BIN)/python $(PYTEST) -m "not long" $(PYTEST_ARGS)
 
-long: setup ## the same in more forms: an engine that is killed in any state, ten times in one job
+long: setup npu-setup ## the same in more forms: an engine that is killed in any state, ten times in one job
 	ASCEND_SAFE_KILLS=10 ASCEND_SAFE_STEPS=30 $(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	$(NPU_ENV) FAKE_NPU_STACK=$(STACK) $(NPU_VENV)/bin/python -m pytest tests/npu -m long $(PYTEST_ARGS)
 
 unit: setup ## the quick ones
 	$(BIN)/python $(PYTEST) tests/unit $(PYTEST_ARGS)
@@ -136,7 +137,7 @@ npu-setup: ## torch-npu and vllm-ascend on a stand-in CANN, in .venv-npu (STACK=
 
 npu: npu-setup ## emulator/tests and tests/npu, on that
 	$(NPU_ENV) FAKE_NPU_STACK=$(STACK) \
-		$(NPU_VENV)/bin/python $(PYTEST) -m "not cluster" emulator/tests tests/npu $(PYTEST_ARGS)
+		$(NPU_VENV)/bin/python $(PYTEST) -m "not cluster and not long" emulator/tests tests/npu $(PYTEST_ARGS)
 
 # One process: it makes two nodes, and starts an engine on each.
 cluster: setup npu-setup ## GRPO as a job on two Ray nodes (as root), killed and resumed, and on two emulated NPUs

@@ -13,9 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
-from killed_engine import STATES, TITLES, job, processes
+from killed_engine import OPTION, ROOT, STATES, TITLES, costs, job, processes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(3000)]
 
@@ -24,8 +23,6 @@ STEPS = int(os.environ.get("ASCEND_SAFE_STEPS", "6"))
 SEED = int(os.environ.get("ASCEND_SAFE_SEED", "1"))
 SECONDS = 10 + 5 * os.getloadavg()[0]
 """In which a job must have ended: ten on a machine that does nothing else."""
-
-OPTION = "actor_rollout_ref.rollout.engine_kwargs.ascend_safe"
 
 
 def shared_memory() -> set[str]:
@@ -41,18 +38,33 @@ FORMS = [
 ]
 
 
+OLDER = ("verl0.9.0-vllm0.23", "verl0.8.0-vllm0.18", "verl0.7.1-vllm0.11")
+
+
 @pytest.mark.parametrize(("part", "state", "trainer"), FORMS)
 def test_a_job_ends_with_one_sentence(tmp_path: Path, part: str, state: str, trainer: str) -> None:
     assert state in STATES and part in TITLES
-    settings = [f"trainer.use_v1={trainer == 'v1'}"]
-    with job(tmp_path / "run", *settings, PYTHON=sys.executable, STEPS="4") as running:
+    ends_with_one_sentence(tmp_path / "run", part, state, sys.executable, f"trainer.use_v1={trainer == 'v1'}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stack", OLDER)
+def test_a_job_of_an_older_verl_ends_with_one_sentence(tmp_path: Path, stack: str) -> None:
+    python = ROOT / f".venv-{stack}" / "bin" / "python"
+    if not python.exists():
+        pytest.skip(f"the stack is not here: make .venv-{stack}/.ready")
+    ends_with_one_sentence(tmp_path / "run", "EngineCore", "generate", str(python))
+
+
+def ends_with_one_sentence(out: Path, part: str, state: str, python: str, *settings: str) -> None:
+    with job(out, *settings, PYTHON=python, STEPS="4") as running:
         killed = running.kill(part, state, step=1)
         code = running.process.wait(timeout=120)
         seconds = time.time() - killed
         lines = running.log.read_text().splitlines()
         time.sleep(3)
         left = processes(running.out)
-    print(f"\n{trainer}, {part} while {state}: exit code {code} after {seconds:.1f} s, {len(lines)} lines; {lines[-1]}")
+    print(f"\n{part} while {state}: exit code {code} after {seconds:.1f} s, {len(lines)} lines; {lines[-1]}")
     assert code == 1
     assert re.match(
         r"ascend_safe: The rollout engine of replica 0 died while it .*\(process \d+\).* are in /", lines[-1]
@@ -67,36 +79,17 @@ def test_a_job_ends_with_one_sentence(tmp_path: Path, part: str, state: str, tra
 def test_a_job_goes_on_with_an_engine_that_is_made_again(tmp_path: Path) -> None:
     source, before = random.Random(SEED), shared_memory()
     settings = [f"{OPTION}.on_engine_death=restart", f"{OPTION}.max_engine_restarts={KILLS}"]
-    killed = []
     with job(tmp_path / "run", *settings, PYTHON=sys.executable, STEPS=str(STEPS)) as running:
-        # One in each part of the job, at any moment of it.
-        for number in range(KILLS):
-            step = 1 + number * (STEPS - 2) // KILLS
-            running.wait_for(lambda step=step: running.steps() >= step, seconds=600)
-            time.sleep(source.uniform(0, 4))
-            running.wait_for(lambda number=number: running.count("restart", "server") == number)
-            part = source.choice(sorted(TITLES))
-            try:
-                running.part(part).kill()
-            except (ValueError, psutil.NoSuchProcess):
-                continue
-            killed.append((time.time(), part))
-            running.wait_for(lambda: running.count("restart", "server") == len(killed), seconds=600)
+        killed = running.kill_at_random(KILLS, STEPS, source)
         code = running.process.wait(timeout=900)
         metrics = running.metrics()
-        restarts = [event for event in running.events() if event["step"] == "restart"]
+        lines = list(costs(killed, running.events()))
         time.sleep(3)
         left = processes(running.out)
         log = running.log.read_text()
-    for (moment, part), event in zip(killed, restarts, strict=True):
-        detail = event["detail"]
-        print(
-            f"{part}: {event['time'] - moment:.1f} s to an engine ({detail['engine_seconds']:.1f} to make it, "
-            f"{detail['weight_seconds']:.1f} for its weights); {detail['cause']}"
-        )
     rewards = [step["critic/score/mean"] for step in metrics]
     pearson = [step["training/rollout_actor_probs_pearson_corr"] for step in metrics]
-    print(f"rewards {rewards}\nPearson {min(pearson)}")
+    print("", *lines, f"rewards {rewards}", f"Pearson {min(pearson)}", sep="\n")
     assert code == 0, log[-3000:]
     assert len(killed) == KILLS and len(metrics) == STEPS
     assert log.count("It is made again (") == KILLS

@@ -5,20 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from verl_ascend_rollout.transport.rendezvous import PREFIX
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 TITLES = {"EngineCore": "VLLM::EngineCore", "worker": "VLLM::Worker"}
 STATES = ("generate", "asleep", "sync", "wake")
+OPTION = "actor_rollout_ref.rollout.engine_kwargs.ascend_safe"
 
 
 @dataclass
@@ -29,7 +32,7 @@ class Job:
     out: Path
     log: Path
 
-    def events(self) -> list[dict[str, object]]:
+    def events(self) -> list[dict[str, Any]]:
         file = self.out / "events.jsonl"
         lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith(b"\n")]
@@ -63,6 +66,23 @@ class Job:
                     found.append(process)
         return max(found, key=lambda process: process.create_time())
 
+    def kill_at_random(self, kills: int, steps: int, source: random.Random) -> list[tuple[float, str]]:
+        """Kill -9 EngineCore or a worker, once in each part of the job and at any moment of it; wait for each restart.
+
+        Returns:
+            When each was killed, and which.
+        """
+        killed: list[tuple[float, str]] = []
+        for number in range(kills):
+            step = 1 + number * (steps - 2) // kills
+            self.wait_for(lambda step=step: self.steps() >= step, seconds=600)
+            time.sleep(source.uniform(0, 4))
+            part = source.choice(sorted(TITLES))
+            self.part(part).kill()
+            killed.append((time.time(), part))
+            self.wait_for(lambda: self.count("restart", "server") == len(killed), seconds=600)
+        return killed
+
     def kill(self, part: str, state: str, step: int = 1) -> float:
         """Kill -9 a part while the engine is in a state of a training step; the time of it."""
         worker = None
@@ -90,6 +110,17 @@ class Job:
             with contextlib.suppress(psutil.Error):
                 worker.resume()
         return killed
+
+
+def costs(killed: list[tuple[float, str]], events: list[dict[str, Any]]) -> Iterator[str]:
+    """Say of each kill what it cost, by the event of the restart after it."""
+    restarts = [event for event in events if event["step"] == "restart"]
+    for (moment, part), event in zip(killed, restarts, strict=True):
+        detail = event["detail"]
+        yield (
+            f"{part}: {event['time'] - moment:.1f} s to an engine ({detail['engine_seconds']:.1f} to make it, "
+            f"{detail['weight_seconds']:.1f} for its weights); {detail['cause']}"
+        )
 
 
 @contextlib.contextmanager
