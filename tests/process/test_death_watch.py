@@ -83,6 +83,24 @@ def test_a_call_that_waits_ends_when_a_part_is_killed_and_the_other_goes_too(par
     assert worker.wait(5) == core.exitcode == -signal.SIGKILL
 
 
+def test_the_cause_is_the_engine_core_where_its_worker_was_gone_first(parts: Any) -> None:
+    """One of ten kills of an EngineCore was seen so: the kernel takes a while to clear a large process away."""
+    core, worker = parts
+
+    async def both() -> str:
+        watch = watch_over(worker.pid)
+        assert not watch.look()
+        watching = asyncio.create_task(watch.watch())
+        worker.kill()
+        worker.wait()
+        assert watch.look() and "its worker 0" in watch.cause.result()
+        core.kill()
+        return await watching
+
+    said = asyncio.run(both())
+    assert said == f"its EngineCore (process {core.pid}) ended by SIGKILL, as the kernel does it when memory runs out"
+
+
 def test_control_while_the_engine_lives_calls_answer_and_fail_as_they_are(parts: Any) -> None:
     async def calls() -> None:
         watch = watch_over(parts[1].pid)

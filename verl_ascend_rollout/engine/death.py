@@ -38,7 +38,7 @@ class Watch:
     """Looks at the processes of one engine, from before it is made, until one has ended.
 
     Attributes:
-        cause: why the engine is dead, as a clause; a future, which `watch` resolves.
+        cause: why the engine is dead, as a clause, as soon as it is known to be; `watch` returns what was behind it.
         engine: vLLM's `AsyncLLM`, once it is there.
         cores: its EngineCore processes, by process id, which this process has started.
         workers: its workers on this host, and what each is called.
@@ -85,12 +85,18 @@ class Watch:
             self.cause.set_result("vLLM reported that its EngineCore failed")
         return self.died
 
-    async def watch(self) -> None:
-        """Wait for the engine's death, then end what is left of it.  Does not raise."""
+    async def watch(self) -> str:
+        """Wait for the engine's death, then end what is left of it; return why, as a clause.  Does not raise."""
         while not self.look():
             await asyncio.sleep(POLL_SECONDS)
         await asyncio.sleep(LAST_WORDS_SECONDS)
+        cause = self.cause.result()
+        # The kernel takes a while to clear a large process away; workers, which end with it, or vLLM may be sooner.
+        killed = [pid for pid, core in self.cores.items() if core.exitcode == -signal.SIGKILL]
+        if killed and "EngineCore (process" not in cause:
+            cause = f"its EngineCore (process {killed[0]}) {self._how()}"
         self.kill()
+        return cause
 
     async def while_alive(self, call: Awaitable[Result]) -> Result:
         """Return what `call` returns.

@@ -225,7 +225,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
     # ----------------------------------------------------------------------------------------------------------------
     # an engine that dies
 
-    async def _mourn(self, watch: death.Watch, watching: asyncio.Task[None]) -> None:
+    async def _mourn(self, watch: death.Watch, watching: asyncio.Task[str]) -> None:
         """Wait for the engine's death, say it once, and make another where that was asked for.
 
         Raises:
@@ -233,13 +233,13 @@ class AscendSafeHttpServer(vLLMHttpServer):
         """
         await watch.cause
         busy = self._busy or {"awake": "was awake", "dirty": "was in doubt"}.get(self._life.state, "was asleep")
-        obituary = self._obituary(busy, watch.cause.result())
-        await watching
+        cause = await watching
+        obituary = self._obituary(busy, cause)
         if self._options.on_engine_death == "restart":
             made = death.Watch()
             watching = asyncio.create_task(made.watch())
             try:
-                await self._restart(made, watch.cause.result(), obituary)
+                await self._restart(made, cause, obituary)
             except Exception as error:
                 said = str(error) or type(error).__name__
                 obituary = f"{obituary}; another engine could not take its place: {said}"
