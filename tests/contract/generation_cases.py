@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import random
 import sys
+import time
 import types
 from collections.abc import AsyncIterator, Iterable
 from types import SimpleNamespace
@@ -457,6 +458,43 @@ async def _storm(checkpoint: str, seed: int, vllm: str) -> dict[str, Any]:
         "asleep": sorted(engine.asleep),
         "reached asleep": len(engine.reached_asleep),
     }
+
+
+def abort_while_asleep(checkpoint: str, stock: bool, barrier: float) -> float:
+    """Seconds that an abort takes when requests reach an engine that is asleep, having passed both gates before.
+
+    Args:
+        stock: leave the abort to verl.
+        barrier: for how long verl waits for the first token of each, instead of its minute.
+    """
+    return asyncio.run(_abort_while_asleep(checkpoint, stock, barrier))
+
+
+async def _abort_while_asleep(checkpoint: str, stock: bool, barrier: float) -> float:
+    server, engine = await start(checkpoint)
+    from verl.workers.rollout.vllm_rollout import vllm_async_server
+
+    vllm_async_server._GATE_BARRIER_TIMEOUT_S = barrier
+    if stock:
+        server._abort_what_a_paused_engine_holds = lambda: asyncio.sleep(0)
+    add = engine.add_request
+
+    async def add_late(name: str) -> Any:
+        while not engine.asleep:
+            await asyncio.sleep(0)
+        return await add(name)
+
+    engine.add_request = add_late
+    requests = Requests(server)
+    requests.start(8)
+    while server._admitting < 8:
+        await asyncio.sleep(0)
+    await server.sleep()
+    started = time.perf_counter()
+    await server.abort_all_requests()
+    seconds = time.perf_counter() - started
+    assert await requests.settled() == ["aborted"] * 8
+    return seconds
 
 
 def deaths(checkpoint: str, seed: int, deaths: int, limit: int) -> dict[str, Any]:

@@ -22,6 +22,9 @@ SERVERS = {
 STACKS = [("0.7.1", "0.11"), ("0.7.1", "0.13"), ("0.8.0", ""), ("0.9.0", ""), ("0.9.1", "")]
 """verl, and vLLM where its engine is another than today's (`generation_cases.ENGINES`)."""
 
+BARRIER = 3.0
+"""Seconds; verl's own are sixty, and were waited for: 60.0 s without our part, 0.001 s with it."""
+
 
 @pytest.fixture(scope="session")
 def checkpoint(load_recipe: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -72,6 +75,17 @@ def test_control_verls_own_adapter_puts_the_engine_to_sleep_past_its_server(
 ) -> None:
     answer = fresh_process(generation_cases.verls_own, str(checkpoint), path=verl_wheel("0.7.1"))
     assert answer.value == {"reached asleep": 1}, answer.stderr
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_an_abort_while_the_engine_sleeps_does_not_wait_for_tokens_and_control_verls_does(
+    stock: bool, verl_wheel: Callable[[str], str], checkpoint: Path, fresh_process: FreshProcesses
+) -> None:
+    answer = fresh_process(
+        generation_cases.abort_while_asleep, str(checkpoint), stock, BARRIER, path=verl_wheel("0.9.1")
+    )
+    assert answer.status == 0, answer.stderr
+    assert (answer.value >= BARRIER) is stock
 
 
 @pytest.mark.parametrize("seed", range(2))
