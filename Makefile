@@ -14,6 +14,8 @@ PYTEST_ARGS ?=
 KIT_ARGS ?=
 # For demo.py: --rollout vllm, --tp 2, settings of verl's.
 DEMO_ARGS ?=
+# For ab.py: --tp 2, settings of verl's.
+R3_ARGS ?=
 # Tests in two processes; which begin where: tests/conftest.py.
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -74,10 +76,10 @@ reports-stack: .venv-verl0.7.1-vllm0.11/.ready ## GRPO, smoke, compare: vLLM 0.1
 	$(<D)/bin/ascend-safe compare $(REPORTS)/cpu/smoke.json $(REPORTS)/npu/smoke.json --markdown $(REPORTS)/compare.md
 
 r3: setup ## routing replay (R3) against none, on a toy where routing counts: outputs/r3
-	$(BIN)/python recipes/routing_replay/ab.py
+	$(BIN)/python recipes/routing_replay/ab.py $(R3_ARGS)
 
-npu-r3: npu-setup ## the same on the emulated NPU: outputs/npu-r3
-	$(NPU_VENV)/bin/python -m fake_npu.toolkit recipes/routing_replay/ab.py --out outputs/npu-r3
+npu-r3: npu-setup ## the same on the emulated NPU: outputs/npu-r3 (FAKE_CANN_DEVICES=2, R3_ARGS="--tp 2": two devices)
+	$(NPU_VENV)/bin/python -m fake_npu.toolkit recipes/routing_replay/ab.py --out outputs/npu-r3 $(R3_ARGS)
 
 stacks: ## the stacks that the demo trains on, and who has them
 	@$(PYTHON) requirements/stacks.py list
