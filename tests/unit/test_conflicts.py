@@ -196,7 +196,7 @@ def test_what_a_replay_costs_is_among_the_decisions() -> None:
             {**R3, **MEGATRON, **REPLAYS},
             planned("npu", "A3", {"vllm": "0.18.0", "vllm-ascend": "0.18.0"}),
             MOE,
-            ["cannot work with vLLM 0.18.0, since verl takes it from vLLM 0.22 on only"],
+            ["cannot work with vLLM 0.18.0, which records no routing or can end while it does: set it to False"],
         ),
         (
             {
@@ -211,7 +211,7 @@ def test_what_a_replay_costs_is_among_the_decisions() -> None:
         ),
         *(
             # verl 0.7.1 and 0.8.0 go with these.
-            (R3, planned("npu", "A2", {"vllm": f"{vllm}.0"}), MOE, [f"cannot work with vLLM {vllm}.0, since verl"])
+            (R3, planned("npu", "A2", {"vllm": f"{vllm}.0"}), MOE, [f"cannot work with vLLM {vllm}.0, which"])
             for vllm in ("0.11", "0.13", "0.18")
         ),
         *(
