@@ -301,6 +301,30 @@ def test_a_pass_without_gradients_replays_and_leaves_an_event(group: None, qwen2
         routing_replay.switch_on(None, (bare,))
 
 
+def test_the_legacy_trainers_padded_batch_gives_each_token_the_same_record(qwen2: Path) -> None:
+    """verl's own way from prompts padded left and answers padded right to what its engine takes."""
+    from verl.utils import tensordict_utils as tu
+    from verl.workers.utils.padding import left_right_2_no_padding
+
+    prompt, prompts, answers = 4, 7, 12
+    ids, record = sequences(), records(qwen2)
+    whole = torch.zeros(len(ids), prompts + answers, dtype=torch.long)
+    mask, positions = torch.zeros_like(whole), torch.zeros_like(whole)
+    experts = torch.zeros(*whole.shape, LAYERS, TOP_K, dtype=torch.int16)
+    for row, (tokens, rows) in enumerate(zip(ids, record, strict=True)):
+        place = slice(prompts - prompt, prompts - prompt + len(tokens))  # agent_loop.py:783-809
+        whole[row, place], mask[row, place], experts[row, place] = tokens, 1, rows.to(torch.int16)
+        positions[row, place] = torch.arange(len(tokens))
+    padded = {"input_ids": whole, "attention_mask": mask, "position_ids": positions, "routed_experts": experts}
+    batch = left_right_2_no_padding(tu.get_tensordict({**padded, "response_mask": mask[:, prompts:]}))
+    rows, owner = routing_replay.lay_out(
+        batch["routed_experts"], batch["input_ids"].offsets().diff().tolist(), (1, sum(LENGTHS)), packed=True, padding=0
+    )
+    assert torch.equal(batch["input_ids"].values(), torch.cat(ids))
+    assert torch.equal(rows.long(), torch.cat(record))
+    assert owner.bincount().tolist() == list(LENGTHS)
+
+
 def shifted(record: list[torch.Tensor]) -> list[torch.Tensor]:
     """By one token, as where vLLM's record lacks the first."""
     return [torch.cat([rows[1:], rows[:1] * 0]) for rows in record]
@@ -386,6 +410,27 @@ def test_a_shifted_record_changes_no_weight_in_a_whole_step(group: None, qwen2: 
         assert all(torch.equal(one, other) for one, other in zip(before, weights(), strict=True))
         engine.train_batch(batch_of(exact(qwen2)), loss)
     assert not all(torch.equal(one, other) for one, other in zip(before, weights(), strict=True))
+
+
+def test_later_updates_of_a_batch_use_the_record_though_the_router_has_moved_on(group: None, qwen2: Path) -> None:
+    """Several epochs and mini-batches; the control is the next batch, whose record should be of these weights."""
+    engine, data = engine_of(qwen2), batch_of(exact(qwen2))
+
+    def log_probs() -> None:
+        with engine.eval_mode(disable_auto_offload=True):
+            engine.forward_backward_batch(data, None, forward_only=True)
+
+    log_probs()
+    step(engine, data)
+    with torch.no_grad():
+        for router in routers_of(engine.module):
+            router.module.weight.copy_(-router.module.weight)
+    output, found = step(engine, data)
+    assert output["metrics"]["routing_replay/agreement"][0] < routing_replay.FLOOR
+    _, native = step(engine, batch_of(None, replay=False))
+    assert furthest(native, found) > 0.01
+    with pytest.raises(RoutingReplayError, match="not of this policy"):
+        log_probs()
 
 
 def exact(folder: Path) -> list[torch.Tensor]:
