@@ -14,6 +14,8 @@ PYTEST_ARGS ?=
 KIT_ARGS ?=
 # For demo.py: --rollout vllm, --tp 2, settings of verl's.
 DEMO_ARGS ?=
+# For ab.py: --tp 2, settings of verl's.
+R3_ARGS ?=
 # Tests in two processes; which begin where: tests/conftest.py.
 WORKERS ?= 2
 PYTEST = -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
@@ -52,12 +54,15 @@ demo: .venv-$(STACK)/.ready
 	$(<D)/bin/python recipes/grpo_tiny_cpu/demo.py --steps $(STEPS) --out outputs/$(STACK) $(DEMO_ARGS)
 endif
 
-npu-demo: ## the same on the emulated NPU (STACK=NAME: one of `make stacks`)
-	name=$$($(PYTHON) requirements/stacks.py emulator $(filter-out $(NPU_DEFAULT),$(STACK))); \
+# Python with the stand-in CANN, in the environment of one of `make stacks`; it is made first.
+ON_NPU = name=$$($(PYTHON) requirements/stacks.py emulator $(filter-out $(NPU_DEFAULT),$(STACK))); \
 	$(MAKE) npu-setup STACK=$$name; \
 	[ $$name = $(NPU_DEFAULT) ] && venv=.venv-npu || venv=.venv-npu-$$name; \
-	$(NPU_ENV) $$venv/bin/python -m fake_npu.toolkit recipes/grpo_tiny_cpu/demo.py --steps $(STEPS) \
-		--out outputs/npu$(addprefix -,$(filter-out $(NPU_DEFAULT),$(STACK))) $(DEMO_ARGS)
+	$(NPU_ENV) $$venv/bin/python -m fake_npu.toolkit
+NPU_OUT = $(addprefix -,$(filter-out $(NPU_DEFAULT),$(STACK)))
+
+npu-demo: ## the same on the emulated NPU (STACK=NAME: one of `make stacks`)
+	$(ON_NPU) recipes/grpo_tiny_cpu/demo.py --steps $(STEPS) --out outputs/npu$(NPU_OUT) $(DEMO_ARGS)
 
 all-stacks: ## both on every stack and a table: outputs/all-stacks.md (STACKS="NAME ...": these; CONTROL=1: stock too)
 	$(PYTHON) recipes/grpo_tiny_cpu/all_stacks.py $(if $(STACKS),--only $(STACKS)) $(if $(CONTROL),--control)
@@ -74,10 +79,10 @@ reports-stack: .venv-verl0.7.1-vllm0.11/.ready ## GRPO, smoke, compare: vLLM 0.1
 	$(<D)/bin/ascend-safe compare $(REPORTS)/cpu/smoke.json $(REPORTS)/npu/smoke.json --markdown $(REPORTS)/compare.md
 
 r3: setup ## routing replay (R3) against none, on a toy where routing counts: outputs/r3
-	$(BIN)/python recipes/routing_replay/ab.py
+	$(BIN)/python recipes/routing_replay/ab.py $(R3_ARGS)
 
-npu-r3: npu-setup ## the same on the emulated NPU: outputs/npu-r3
-	$(NPU_VENV)/bin/python -m fake_npu.toolkit recipes/routing_replay/ab.py --out outputs/npu-r3
+npu-r3: ## the same on the emulated NPU: outputs/npu-r3 (FAKE_CANN_DEVICES=2 make npu-r3 R3_ARGS="--tp 2": two devices)
+	$(ON_NPU) recipes/routing_replay/ab.py --out outputs/npu-r3$(NPU_OUT) $(R3_ARGS)
 
 stacks: ## the stacks that the demo trains on, and who has them
 	@$(PYTHON) requirements/stacks.py list

@@ -1,10 +1,11 @@
 """Routing replay (R3) against none: the same toy job twice, and how far trainer and rollout are apart in each.
 
-    python recipes/routing_replay/ab.py [--steps 3] [--out outputs/r3] [--timeout 900] [SETTING ...]
+    python recipes/routing_replay/ab.py [--steps 3] [--out outputs/r3] [--timeout 900] [--tp 2] [SETTING ...]
 
 The toy is the demo's with six layers, experts that count (`norm_topk_prob`, large down projections), and weights that
 are no longer small, so that a token that is routed otherwise has another probability.  Each run is the demo's run.sh
-(recipes/grpo_tiny_cpu); its log, metrics and events are in OUT/without and OUT/with.
+(recipes/grpo_tiny_cpu); its log, metrics and events are in OUT/without and OUT/with.  `--tp 2` trains on two devices,
+and the engine is over both.
 
 OUT/summary.json has, each as a list with a value for every step: `pearson_without`, `pearson_with` (of both sides'
 probabilities of the generated tokens), `k3_kl_without`, `k3_kl_with`, `probs_diff_without`, `probs_diff_with` (the mean
@@ -25,7 +26,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -104,22 +105,24 @@ def summarise(out: Path, versions: Mapping[str, str | None]) -> dict[str, Any]:
             summary[f"{name}_{arm}"] = [step.value(metric) for step in steps]
         later = [step.value(STEP_SECONDS) for step in steps[1:]]
         summary[f"seconds_per_step_{arm}"] = round(sum(later) / len(later), 2) if later else None
-    passes = [
-        event["detail"]
-        for event in events.read(out / "with" / "events.jsonl")
-        if event["step"] == "routing" and event["detail"]["pass"] == "log_prob"
-    ]
+    passes = log_prob_passes(events.read(out / "with" / "events.jsonl"))
     summary["cells"] = [one["cells"] for one in passes]
     summary["cells_that_differed"] = [one["differed"] for one in passes]
-    samples, tokens = (
-        sum(values) for values in zip(*((one["sequences"], _tokens(one)) for one in passes), strict=True)
-    )
+    samples, tokens = (sum(one[name] for one in passes) for name in ("sequences", "all_tokens"))
     summary["bytes_per_sample"] = round(tokens * GEOMETRY.layers * TOP_K * BYTES_OF_AN_EXPERT / samples)
     return {**summary, "versions": dict(versions)}
 
 
-def _tokens(one: Mapping[str, Any]) -> int:
-    return int(one["tokens"] + one["native"])
+def log_prob_passes(seen: Iterable[Mapping[str, Any]]) -> list[dict[str, int]]:
+    """Return what each step's log-probability pass found: sums over the trainer's ranks, of which each has written."""
+    ranks: dict[int, list[dict[str, int]]] = {}
+    for event in seen:
+        found = event.get("detail") or {}
+        if event["step"] == "routing" and found["pass"] == "log_prob":
+            counts = {name: int(found[name]) for name in ("cells", "differed", "sequences")}
+            counts["all_tokens"] = int(found["tokens"] + found["native"])
+            ranks.setdefault(event["pid"], []).append(counts)
+    return [{name: sum(one[name] for one in step) for name in step[0]} for step in zip(*ranks.values(), strict=False)]
 
 
 def verdict(summary: Mapping[str, Any], steps: int) -> str | None:
@@ -165,6 +168,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="training steps of each run, 2 to 128 (default 3)")
     parser.add_argument("--out", type=Path, default=Path("outputs/r3"), help="folder for all output")
     parser.add_argument("--timeout", type=float, default=900, help="seconds after which to give a run up (default 900)")
+    parser.add_argument("--tp", type=int, choices=(1, 2), default=1, help="devices, and the engine's tensor parallel")
     parser.add_argument("settings", nargs="*", metavar="SETTING", help="for verl, as on its own command line")
     options = parser.parse_args(arguments)
     if not 2 <= options.steps <= 128:
@@ -204,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "OUT": str(folder),
             "TOY": str(out / "toy"),
             "STEPS": str(options.steps),
+            "DEVICES": str(options.tp),
             "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
         }
         ended = supervise(["bash", str(TINY / "run.sh"), *settings], log, variables, options.timeout)

@@ -50,6 +50,46 @@ def test_two_ranks_answer_as_one_does(
         assert gap < TOLERANCE
 
 
+@pytest.mark.skipif(RELEASE < (0, 23), reason="this stack's vLLM records no routing as verl takes it")
+@pytest.mark.parametrize("case", ["tensor_parallel_records", "expert_parallel_records"])
+def test_two_ranks_record_the_experts_that_the_model_picks(
+    case: str, folder: Path, checkpoints: list[Checkpoint], report: Any
+) -> None:
+    """Of each token but the last; the control is the other model, whose they would be if a sync missed a router."""
+    found = in_a_process_of_its_own(case, folder, script="two_rank_cases.py")
+    for state, own, other in (("fresh", 0, 1), ("synced", 1, 0)):
+        same, cells = cells_alike(found[state], checkpoints[own].reference)
+        report(f"{case}, {state}: cells recorded as transformers picks them", f"{same} of {cells}")
+        assert same > 0.95 * cells
+        same, cells = cells_alike(found[state], checkpoints[other].reference)
+        assert same < 0.1 * cells
+
+
+def cells_alike(answers: list[Any], model: Any) -> tuple[int, int]:
+    """In how many cells (token and layer) the record has what transformers' routers pick, and how many there are."""
+    import torch
+
+    from verl_ascend_rollout.integration.routing_replay import routers_of
+
+    logits: list[Any] = []
+    routers = routers_of(model)
+    hooks = [
+        router.module.register_forward_hook(lambda _module, _inputs, output: logits.append(output[0]))
+        for router in routers
+    ]
+    same = cells = 0
+    for tokens, record in answers:
+        logits.clear()
+        with torch.no_grad():
+            model(torch.tensor([tokens]))
+        own = torch.stack([one.topk(routers[0].top_k).indices for one in logits], 1)[:-1]
+        equal = (torch.tensor(record).sort(-1).values == own.sort(-1).values).all(-1)
+        same, cells = same + int(equal.sum()), cells + equal.numel()
+    for hook in hooks:
+        hook.remove()
+    return same, cells
+
+
 @pytest.mark.cluster
 @pytest.mark.skipif(RELEASE < (0, 18), reason="this stack's vLLM takes no rank for a request")
 def test_data_parallel_ranks_answer_as_a_fresh_engine_does(folder: Path) -> None:

@@ -54,6 +54,35 @@ def expert_parallel_fresh(folder: Path) -> dict[str, Any]:
     return tensor_parallel_fresh(folder, expert_parallel=True)
 
 
+def tensor_parallel_records(folder: Path, expert_parallel: bool = False) -> dict[str, Any]:
+    """Each answer's tokens and their recorded experts: after a fresh load of model0, and after a sleep and a sync of
+    model1."""
+    engine = start(Checkpoint(folder / "model0", None), expert_parallel, enable_return_routed_experts=True)
+    found = {"fresh": records(engine)}
+    engine.llm.sleep(level=1)
+    engine.llm.wake_up(tags=["weights"])
+    engine.llm.collective_rpc("ascend_safe_reload_from_disk", args=(str(folder / "model1"),))
+    engine.llm.wake_up(tags=["kv_cache"])
+    engine.llm.collective_rpc("ascend_safe_restore_kernel_format")
+    return {**found, "synced": records(engine)}
+
+
+def expert_parallel_records(folder: Path) -> dict[str, Any]:
+    """The same with the experts spread over both ranks."""
+    return tensor_parallel_records(folder, expert_parallel=True)
+
+
+def records(engine: Engine) -> list[tuple[list[int], Any]]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, detokenize=False, ignore_eos=True)
+    outputs = engine.llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], sampling, use_tqdm=False)
+    return [
+        ([*prompt, *output.outputs[0].token_ids], output.outputs[0].routed_experts.tolist())
+        for prompt, output in zip(PROMPTS, outputs, strict=True)
+    ]
+
+
 def data_parallel(folder: Path) -> dict[str, Any]:
     """Answers of both ranks of an engine of DP 2 with the experts spread over them: after a fresh load, and after three
     syncs."""
@@ -127,13 +156,14 @@ def dispatcher_expert_ids(worker: Any) -> list[int] | None:
     return None
 
 
-def start(checkpoint: Checkpoint, expert_parallel: bool) -> Engine:
+def start(checkpoint: Checkpoint, expert_parallel: bool, **changes: Any) -> Engine:
     engine = Engine(
         make_llm(
             checkpoint.path,
             worker_extension_cls=EXTENSION,
             tensor_parallel_size=2,
             enable_expert_parallel=expert_parallel,
+            **changes,
         )
     )
     engine.llm.collective_rpc(
@@ -146,6 +176,7 @@ CASES = {
     case.__name__: case
     for case in (
         *(tensor_parallel, tensor_parallel_fresh, expert_parallel, expert_parallel_fresh),
+        *(tensor_parallel_records, expert_parallel_records),
         *(data_parallel, data_parallel_fresh, sleep_level_2),
     )
 }

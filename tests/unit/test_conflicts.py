@@ -78,6 +78,8 @@ SAFETENSORS = {"actor_rollout_ref__rollout__load_format": "safetensors"}
 R3 = {"actor_rollout_ref__rollout__enable_rollout_routing_replay": True}
 MEGATRON = {"actor_rollout_ref__actor__strategy": "megatron"}
 REPLAYS = {"actor_rollout_ref__actor__megatron__router_replay__mode": "R3"}
+ULYSSES = {"actor_rollout_ref__actor__fsdp_config__ulysses_sequence_parallel_size": 2}
+ATTENTION = "actor_rollout_ref__model__override_config__attn_implementation"
 TP, DP = "actor_rollout_ref__rollout__tensor_model_parallel_size", "actor_rollout_ref__rollout__data_parallel_size"
 OWN = {"rollout__nnodes": 1, "rollout__n_gpus_per_node": 8}
 
@@ -100,6 +102,10 @@ OWN = {"rollout__nnodes": 1, "rollout__n_gpus_per_node": 8}
         (R3, planned("cpu", versions={"vllm": "0.28.0"}), MOE),
         # A hub name that is not on this machine.
         (R3, NPU, ModelFacts()),
+        # verl's default attention is flash attention.
+        ({**R3, **ULYSSES}, NPU, MOE),
+        ({**ULYSSES, ATTENTION: "flash_attention_3"}, CUDA, DENSE),
+        ({**MEGATRON, **ULYSSES, ATTENTION: "sdpa"}, CUDA, DENSE),
         ({TP: 4, DP: 4}, NPU, MOE),
         ({TP: 8, **OWN, "trainer__n_gpus_per_node": 3, "actor_rollout_ref__actor__use_dynamic_bsz": True}, NPU, MOE),
         ({"actor_rollout_ref__rollout__gpu_memory_utilization": 1.0}, NPU, MOE),
@@ -190,7 +196,7 @@ def test_what_a_replay_costs_is_among_the_decisions() -> None:
             {**R3, **MEGATRON, **REPLAYS},
             planned("npu", "A3", {"vllm": "0.18.0", "vllm-ascend": "0.18.0"}),
             MOE,
-            ["cannot work with vLLM 0.18.0, since verl takes it from vLLM 0.22 on only"],
+            ["cannot work with vLLM 0.18.0, which records no routing or can end while it does: set it to False"],
         ),
         (
             {
@@ -202,6 +208,23 @@ def test_what_a_replay_costs_is_among_the_decisions() -> None:
             NPU,
             MOE,
             ["engine_kwargs.vllm.decode_context_parallel_size=2, which vLLM refuses together"],
+        ),
+        *(
+            # verl 0.7.1 and 0.8.0 go with these.
+            (R3, planned("npu", "A2", {"vllm": f"{vllm}.0"}), MOE, [f"cannot work with vLLM {vllm}.0, which"])
+            for vllm in ("0.11", "0.13", "0.18")
+        ),
+        *(
+            (
+                {**ULYSSES, ATTENTION: attention},
+                CUDA,
+                DENSE,
+                [
+                    f"ulysses_sequence_parallel_size=2 cannot work with attn_implementation={attention}",
+                    "set it to flash_attention_2, or the size to 1",
+                ],
+            )
+            for attention in ("sdpa", "eager")
         ),
         # 32 on 16: no engine at all, and verl says nothing.
         ({TP: 32}, NPU, MOE, ["an engine of 32 devices", "does not divide the 16 devices of trainer", "would use 0"]),

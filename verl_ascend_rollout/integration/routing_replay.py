@@ -38,7 +38,7 @@ routed_experts_capturer.py)."""
 
 FLOOR = 0.7
 """The share of a sequence's recorded experts that the trainer's own router picks as well, below which the record cannot
-be of this policy.  On toys right records came to 0.975 and more, those that were shifted by a token to 0.31 to 0.41,
+be of this policy.  On toys right records came to 0.974 and more, those that were shifted by a token to 0.31 to 0.41,
 and those of another model, or shifted by a layer, to 0.07, which is chance."""
 
 FEWEST = 64

@@ -33,6 +33,7 @@ def find(config: Any, facts: PlatformFacts, request: EngineRequest, decisions: D
     yield from _memory_share(config)
     yield from _engine_size(config, request)
     yield from _micro_batches(config)
+    yield from _sequence_parallel(config)
     yield from routing_replay.conflicts(config, facts, request)
     if decisions is not None:
         path = decisions["weight_path"].value
@@ -205,8 +206,7 @@ def _data_parallel_ranks(config: Any) -> int | None:
         return None
     strategy = setting(config, f"{ACTOR}.strategy")
     if strategy in ("fsdp", "fsdp2"):
-        names = ["ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"]
-        model = max(number(config, f"{ACTOR}.{name}") or 1 for name in names)
+        model = _ulysses(config)
     elif strategy == "megatron":
         model = 1
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
@@ -215,6 +215,27 @@ def _data_parallel_ranks(config: Any) -> int | None:
         return None
     ranks, rest = divmod(pool.size * pool.count, model)
     return ranks if ranks and not rest else None
+
+
+def _sequence_parallel(config: Any) -> Iterator[str]:
+    """Whether attention sees whole sequences: verl divides them, and joins them again in flash attention only.
+
+    verl 0.9.1, models/transformers/monkey_patch.py:544-552.  On two ranks with sdpa the routers of a toy saw so much
+    else that routing replay stopped it (tests/contract/test_routing_replay.py).
+    """
+    attention = setting(config, "actor_rollout_ref.model.override_config.attn_implementation")
+    size = _ulysses(config) if setting(config, f"{ACTOR}.strategy") in ("fsdp", "fsdp2") else 1
+    if size > 1 and attention is not None and "flash" not in str(attention):
+        yield (
+            f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size={size} cannot work with attn_implementation="
+            f"{attention} (actor_rollout_ref.model.override_config), with which each rank would attend to its own part "
+            "of a sequence only: set it to flash_attention_2, or the size to 1"
+        )
+
+
+def _ulysses(config: Any) -> int:
+    names = ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
+    return max(number(config, f"{ACTOR}.{name}") or 1 for name in names)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

@@ -86,10 +86,11 @@ def conflicts(config: Any, facts: PlatformFacts, request: EngineRequest) -> Iter
 
 def _engine(facts: PlatformFacts, request: EngineRequest) -> Iterator[str]:
     release = releases.vllm_release(facts)
+    # verl 0.9.1 says why (vllm_async_server.py:437); 0.7.1 and 0.8.0 hand the setting to any vLLM.
     if not releases.ROUTING_RECORD.may_be_in(release):
         yield (
-            f"{FIELD}=True cannot work with vLLM {facts.versions['vllm']}, since verl takes it from vLLM 0.22 on only: "
-            "set it to False, or install a newer vLLM"
+            f"{FIELD}=True cannot work with vLLM {facts.versions['vllm']}, which records no routing or can end while "
+            "it does: set it to False, or install vLLM 0.22 or newer"
         )
     elif facts.name == "cpu" and not releases.ROUTING_RECORD_ON_CPU.may_be_in(release):
         yield (
