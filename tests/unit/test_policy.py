@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from policy_table import FILE, policy_table
 
+from verl_ascend_rollout.options import OptionError
 from verl_ascend_rollout.platforms.base import PlatformFacts, PlatformName, Soc
 from verl_ascend_rollout.platforms.detect import planned
 from verl_ascend_rollout.policy import releases
@@ -25,6 +27,7 @@ from verl_ascend_rollout.policy.engine_args import (
     table,
 )
 from verl_ascend_rollout.policy.graphs import piecewise_limit, short_list, vllms_list
+from verl_ascend_rollout.policy.request import MAPPINGS
 
 KV_RELEASE = "engine_kwargs.ascend_safe.kv_release"
 
@@ -147,6 +150,16 @@ def test_the_source_of_a_users_value_is_the_setting() -> None:
     assert passed.source == "actor_rollout_ref.rollout.engine_kwargs.vllm.enforce_eager"
 
 
+@pytest.mark.parametrize("name", MAPPINGS)
+@pytest.mark.parametrize("written", ["{not json", "[1]", 3, "3"])
+def test_an_argument_that_decisions_join_is_a_mapping(name: str, written: object) -> None:
+    with pytest.raises(
+        OptionError, match=rf"vllm\.{name}={re.escape(repr(written))} is no mapping, nor the JSON text of"
+    ):
+        EngineRequest.from_rollout({"engine_kwargs": {"vllm": {name: written}}})
+    assert EngineRequest.from_rollout({"engine_kwargs": {"vllm": {name: '{"a": 1}'}}}).engine_kwargs[name] == '{"a": 1}'
+
+
 # --- graphs
 
 
@@ -159,7 +172,6 @@ def test_the_source_of_a_users_value_is_the_setting() -> None:
         (CUDA, EngineRequest(enforce_eager=True), "NONE"),
         (CUDA, EngineRequest(engine_kwargs={"compilation_config": {"cudagraph_mode": "PIECEWISE"}}), "PIECEWISE"),
         (CUDA, EngineRequest(engine_kwargs={"compilation_config": '{"cudagraph_mode": "FULL"}'}), "FULL"),
-        (CUDA, EngineRequest(engine_kwargs={"compilation_config": "{not json"}), "FULL_AND_PIECEWISE"),
         (A2, EngineRequest(), "FULL_DECODE_ONLY"),
         (A3_OLD, EngineRequest(), "NONE"),
         (A3_OLD, EngineRequest(enforce_eager=False), "PIECEWISE"),

@@ -173,8 +173,10 @@ def find_warnings(config: Any, environ: Mapping[str, str] = os.environ) -> Itera
 
 
 def _options(config: Any) -> Iterator[str]:
+    rollout = config.actor_rollout_ref.rollout
     try:
-        options = AscendSafeOptions.from_rollout(config.actor_rollout_ref.rollout)
+        options = AscendSafeOptions.from_rollout(rollout)
+        EngineRequest.from_rollout(rollout)
     except OptionError as error:
         yield str(error)
     else:

@@ -8,8 +8,7 @@ A value that the user set wins.  Where it cannot work there, `decide` raises and
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from verl_ascend_rollout.options import ROLLOUT
@@ -23,6 +22,7 @@ from verl_ascend_rollout.policy.request import (
     WEIGHT_PATH,
     EngineRequest,
     ModelFacts,
+    mapping,
 )
 
 __all__ = ["Decision", "Decisions", "EngineRequest", "ModelFacts", "PolicyError", "decide", "table"]
@@ -97,18 +97,12 @@ def add_to(engine_kwargs: dict[str, Any], decisions: Decisions) -> None:
     engine_kwargs.pop("enable_sleep_mode", None)
     decided = {name: decisions[name].value for name in ("cudagraph_mode", "cudagraph_capture_sizes")}
     graph_settings = {name: value for name, value in decided.items() if value is not None}
-    engine_kwargs["compilation_config"] = {**_as_mapping(engine_kwargs, "compilation_config"), **graph_settings}
+    engine_kwargs["compilation_config"] = {**mapping(engine_kwargs, "compilation_config"), **graph_settings}
     # Decided only where the user set none.
     engine_kwargs.update({decision.name: decision.value for decision in decisions if decision.name == KV_BYTES})
     if decisions.additional_config:
-        wished = _as_mapping(engine_kwargs, "additional_config")
+        wished = mapping(engine_kwargs, "additional_config")
         engine_kwargs["additional_config"] = {**decisions.additional_config, **wished}
-
-
-def _as_mapping(engine_kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return an argument that may be written as JSON."""
-    written = engine_kwargs.get(name) or {}
-    return dict(json.loads(written) if isinstance(written, str) else written)
 
 
 # --- the decisions, in the order in which one needs the other ---------------------------------------------------------

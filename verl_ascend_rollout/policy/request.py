@@ -6,18 +6,29 @@ explain`: one reading, so that both decide the same.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl_ascend_rollout.options import KEY, ROLLOUT, AscendSafeOptions, KVRelease, OnUnsafe, WeightPath
+from verl_ascend_rollout.options import (
+    KEY,
+    ROLLOUT,
+    AscendSafeOptions,
+    KVRelease,
+    OnUnsafe,
+    OptionError,
+    WeightPath,
+)
 
 VLLM_KWARGS = f"{ROLLOUT}.engine_kwargs.vllm"
 KV_RELEASE = f"{KEY}.kv_release"
 WEIGHT_PATH = f"{KEY}.weight_path"
 ON_UNSAFE = f"{KEY}.on_unsafe"
+MAPPINGS = ("compilation_config", "additional_config")
+"""vLLM's arguments that what we decide joins."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +152,13 @@ class EngineRequest:
         """Read verl's rollout config: its dataclass, or a mapping, in which a key that is missing has verl's default.
 
         Raises:
-            OptionError: an option of ours that does not exist, or a value that it cannot have.
+            OptionError: an option of ours that does not exist, or a value that it cannot have; also for an argument of
+                vLLM's that decisions join.
         """
         options = AscendSafeOptions.from_rollout(rollout)
+        engine_kwargs = dict((_get(rollout, "engine_kwargs") or {}).get("vllm") or {})
+        for name in MAPPINGS:
+            mapping(engine_kwargs, name)
 
         def get(name: str, default: Any) -> Any:
             value = _get(rollout, name)
@@ -168,7 +183,7 @@ class EngineRequest:
             mtp=bool(mtp is not None and _get(mtp, "enable") and _get(mtp, "enable_rollout")),
             routing_replay=bool(get("enable_rollout_routing_replay", False)),
             model=model or ModelFacts(),
-            engine_kwargs=dict((_get(rollout, "engine_kwargs") or {}).get("vllm") or {}),
+            engine_kwargs=engine_kwargs,
             environ=dict(environ or {}),
         )
 
@@ -187,22 +202,31 @@ class EngineRequest:
     @property
     def compilation_config(self) -> Mapping[str, Any]:
         """vLLM's `compilation_config`, as far as the user set it."""
-        return _mapping(self.engine_kwargs.get("compilation_config"))
+        return mapping(self.engine_kwargs, "compilation_config")
 
     @property
     def additional_config(self) -> Mapping[str, Any]:
         """vllm-ascend's settings, as far as the user set them."""
-        return _mapping(self.engine_kwargs.get("additional_config"))
+        return mapping(self.engine_kwargs, "additional_config")
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """Return a mapping, also where it was given as JSON text, as vLLM's command line takes it."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return {}  # vLLM says what is wrong with it
-    return value if isinstance(value, Mapping) else {}
+def mapping(engine_kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return one of vLLM's arguments that is a mapping, also where it was written as JSON text.
+
+    Raises:
+        OptionError: it is neither.
+    """
+    written = engine_kwargs.get(name) or {}
+    value = written
+    if isinstance(written, str):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(written)
+    if not isinstance(value, Mapping):
+        raise OptionError(
+            f"{VLLM_KWARGS}.{name}={written!r} is no mapping, nor the JSON text of one: give its fields, as in "
+            f"+{VLLM_KWARGS}.{name}.FIELD=VALUE"
+        )
+    return dict(value)
 
 
 def _get(config: Any, name: str) -> Any:
