@@ -134,6 +134,8 @@ class AscendSafeOptions:
             OptionError: see `from_mapping`.
         """
         engine_kwargs = rollout.get("engine_kwargs") or {}
+        if not isinstance(engine_kwargs, Mapping):
+            raise OptionError(f"{ROLLOUT}.engine_kwargs must be a mapping, got {engine_kwargs!r}")
         return cls.from_mapping(engine_kwargs.get("ascend_safe"))
 
     def as_dict(self) -> dict[str, Any]:

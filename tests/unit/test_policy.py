@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import subprocess
 import sys
 import types
@@ -150,14 +149,48 @@ def test_the_source_of_a_users_value_is_the_setting() -> None:
     assert passed.source == "actor_rollout_ref.rollout.engine_kwargs.vllm.enforce_eager"
 
 
-@pytest.mark.parametrize("name", MAPPINGS)
-@pytest.mark.parametrize("written", ["{not json", "[1]", 3, "3"])
-def test_an_argument_that_decisions_join_is_a_mapping(name: str, written: object) -> None:
-    with pytest.raises(
-        OptionError, match=rf"vllm\.{name}={re.escape(repr(written))} is no mapping, nor the JSON text of"
-    ):
-        EngineRequest.from_rollout({"engine_kwargs": {"vllm": {name: written}}})
-    assert EngineRequest.from_rollout({"engine_kwargs": {"vllm": {name: '{"a": 1}'}}}).engine_kwargs[name] == '{"a": 1}'
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        *(
+            (
+                {"engine_kwargs": {"vllm": {name: value}}},
+                rf"engine_kwargs\.vllm\.{name}=.* must be a mapping, or the JSON",
+            )
+            for name in MAPPINGS
+            for value in ("{not json", "[1]", 3, "3")
+        ),
+        ({"engine_kwargs": {"vllm": "abc"}}, r"engine_kwargs\.vllm='abc' must be a mapping"),
+        ({"engine_kwargs": 3}, r"engine_kwargs must be a mapping, got 3"),
+        ({"engine_kwargs": {"vllm": {"enforce_eager": "false"}}}, r"vllm\.enforce_eager='false' must be True or False"),
+        ({"free_cache_engine": "no"}, r"free_cache_engine='no' must be True or False"),
+        ({"enforce_eager": 0}, r"enforce_eager=0 must be True or False"),
+        ({"tensor_model_parallel_size": "two"}, r"tensor_model_parallel_size='two' must be a whole number"),
+        ({"data_parallel_size": 1.5}, r"data_parallel_size=1\.5 must be a whole number"),
+        ({"max_num_seqs": True}, r"max_num_seqs=True must be a whole number"),
+        ({"cudagraph_capture_sizes": "big"}, r"cudagraph_capture_sizes='big' must be a list of whole numbers"),
+        ({"cudagraph_capture_sizes": [1, "b"]}, r"cudagraph_capture_sizes=\[1, 'b'\] must be a list of whole numbers"),
+        ({"max_num_seqs": "a", "enable_sleep_mode": "b"}, r"enable_sleep_mode='b' .*; max_num_seqs='a' "),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_named(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        EngineRequest.from_rollout(settings)
+
+
+def test_settings_are_taken_as_verl_takes_them() -> None:
+    request = EngineRequest.from_rollout(
+        {
+            "max_num_seqs": "64",
+            "max_model_len": -1,
+            "cudagraph_capture_sizes": [1, 2],
+            "enable_sleep_mode": None,
+            "engine_kwargs": {"vllm": {"compilation_config": '{"cudagraph_mode": "FULL"}', "additional_config": None}},
+        }
+    )
+    assert (request.max_num_seqs, request.max_model_len, request.cudagraph_capture_sizes) == (64, -1, (1, 2))
+    assert request.enable_sleep_mode and request.compilation_config == {"cudagraph_mode": "FULL"}
+    assert request.additional_config == {}
 
 
 # --- graphs

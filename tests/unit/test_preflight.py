@@ -131,7 +131,7 @@ ROLLOUT = "actor_rollout_ref__rollout"
 def test_an_argument_of_vllms_that_is_no_mapping_is_said_once(model: Path, environ: dict[str, str]) -> None:
     config = job(model, **{f"{ROLLOUT}__engine_kwargs__vllm__compilation_config": "{cudagraph_mode: NONE"})
     (problem,) = problems(config, environ)
-    assert "engine_kwargs.vllm.compilation_config='{cudagraph_mode: NONE' is no mapping" in problem
+    assert "engine_kwargs.vllm.compilation_config='{cudagraph_mode: NONE' must be a mapping" in problem
 
 
 @pytest.mark.parametrize(

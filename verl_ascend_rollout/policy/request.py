@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,40 +153,40 @@ class EngineRequest:
         """Read verl's rollout config: its dataclass, or a mapping, in which a key that is missing has verl's default.
 
         Raises:
-            OptionError: an option of ours that does not exist, or a value that it cannot have; also for an argument of
-                vLLM's that decisions join.
+            OptionError: an option of ours that does not exist, or a value that it cannot have; or settings of verl's
+                and vLLM's by which we decide are of the wrong kind, all of them in one message.
         """
         options = AscendSafeOptions.from_rollout(rollout)
-        engine_kwargs = dict((_get(rollout, "engine_kwargs") or {}).get("vllm") or {})
+        fields = _Fields(rollout)
+        kwargs = _Fields((_get(rollout, "engine_kwargs") or {}).get("vllm") or {}, "engine_kwargs.vllm.")
+        for name in ("enforce_eager", "enable_sleep_mode"):
+            kwargs.flag(name)
         for name in MAPPINGS:
-            mapping(engine_kwargs, name)
-
-        def get(name: str, default: Any) -> Any:
-            value = _get(rollout, name)
-            return default if value is None else value
-
-        sizes = _get(rollout, "cudagraph_capture_sizes")
+            kwargs.mapping(name)
         mtp = _get(rollout, "mtp")
-        return cls(
-            enforce_eager=_get(rollout, "enforce_eager"),
-            enable_sleep_mode=bool(get("enable_sleep_mode", True)),
-            free_cache_engine=bool(get("free_cache_engine", True)),
+        request = cls(
+            enforce_eager=fields.flag("enforce_eager"),
+            enable_sleep_mode=fields.flag("enable_sleep_mode") is not False,
+            free_cache_engine=fields.flag("free_cache_engine") is not False,
             kv_release=options.kv_release,
             weight_path=options.weight_path,
             on_unsafe=options.on_unsafe,
-            expert_parallel_size=int(get("expert_parallel_size", 1)),
-            tensor_parallel_size=int(get("tensor_model_parallel_size", 1)),
-            data_parallel_size=int(get("data_parallel_size", 1)),
-            max_num_seqs=int(get("max_num_seqs", 256)),
-            max_model_len=int(get("max_model_len", 0)) or None,
-            cudagraph_capture_sizes=tuple(int(size) for size in sizes) if sizes else None,
+            expert_parallel_size=fields.number("expert_parallel_size", 1),
+            tensor_parallel_size=fields.number("tensor_model_parallel_size", 1),
+            data_parallel_size=fields.number("data_parallel_size", 1),
+            max_num_seqs=fields.number("max_num_seqs", 256),
+            max_model_len=fields.number("max_model_len", 0) or None,
+            cudagraph_capture_sizes=fields.numbers("cudagraph_capture_sizes"),
             lora=lora,
             mtp=bool(mtp is not None and _get(mtp, "enable") and _get(mtp, "enable_rollout")),
-            routing_replay=bool(get("enable_rollout_routing_replay", False)),
+            routing_replay=bool(fields.flag("enable_rollout_routing_replay")),
             model=model or ModelFacts(),
-            engine_kwargs=engine_kwargs,
+            engine_kwargs=kwargs.given,
             environ=dict(environ or {}),
         )
+        if fields.problems or kwargs.problems:
+            raise OptionError(f"{ROLLOUT}: {'; '.join([*fields.problems, *kwargs.problems])}")
+        return request
 
     @property
     def expert_parallel(self) -> bool:
@@ -211,22 +212,60 @@ class EngineRequest:
 
 
 def mapping(engine_kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return one of vLLM's arguments that is a mapping, also where it was written as JSON text.
+    """Return one of vLLM's arguments that is a mapping, also where it was written as JSON text."""
+    value = engine_kwargs.get(name) or {}
+    return dict(json.loads(value) if isinstance(value, str) else value)
 
-    Raises:
-        OptionError: it is neither.
-    """
-    written = engine_kwargs.get(name) or {}
-    value = written
-    if isinstance(written, str):
-        with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(written)
-    if not isinstance(value, Mapping):
-        raise OptionError(
-            f"{VLLM_KWARGS}.{name}={written!r} is no mapping, nor the JSON text of one: give its fields, as in "
-            f"+{VLLM_KWARGS}.{name}.FIELD=VALUE"
-        )
-    return dict(value)
+
+class _Fields:
+    """Settings by name, and what is wrong with their kinds: verl looks at none, and Python takes any word for True."""
+
+    def __init__(self, given: Any, prefix: str = "") -> None:
+        self.problems: list[str] = []
+        self.given, self._prefix = given, prefix
+        if prefix and not isinstance(given, Mapping):
+            self._wrong("", given, "must be a mapping")
+            self.given = {}
+
+    def flag(self, name: str) -> bool | None:
+        """Return True or False; `None` where it is not set."""
+        value = _get(self.given, name)
+        if value is None or isinstance(value, bool):
+            return value
+        self._wrong(name, value, "must be True or False")
+        return None
+
+    def number(self, name: str, default: int) -> int:
+        """Return a whole number."""
+        value = _get(self.given, name)
+        if value is not None and not _is_whole(value):
+            self._wrong(name, value, "must be a whole number")
+            value = None
+        return default if value is None else int(value)
+
+    def numbers(self, name: str) -> tuple[int, ...] | None:
+        """Return whole numbers; `None` where there are none."""
+        value = _get(self.given, name)
+        if not value:
+            return None
+        if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(_is_whole, value)):
+            self._wrong(name, value, "must be a list of whole numbers")
+            return None
+        return tuple(map(int, value))
+
+    def mapping(self, name: str) -> None:
+        """Look at a mapping, or the JSON text of one."""
+        with contextlib.suppress(TypeError, ValueError):
+            mapping(self.given, name)
+            return
+        self._wrong(name, self.given[name], "must be a mapping, or the JSON text of one")
+
+    def _wrong(self, name: str, value: Any, what: str) -> None:
+        self.problems.append(f"{f'{self._prefix}{name}'.rstrip('.')}={value!r} {what}")
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and re.fullmatch(r"-?\d+", str(value)) is not None
 
 
 def _get(config: Any, name: str) -> Any:
