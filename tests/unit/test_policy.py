@@ -158,7 +158,7 @@ def test_the_source_of_a_users_value_is_the_setting() -> None:
                 rf"engine_kwargs\.vllm\.{name}=.* must be a mapping, or the JSON",
             )
             for name in MAPPINGS
-            for value in ("{not json", "[1]", 3, "3")
+            for value in ("{not json", "[1]", 3, "3", '["ab"]', [["a", 1]])
         ),
         ({"engine_kwargs": {"vllm": "abc"}}, r"engine_kwargs\.vllm='abc' must be a mapping"),
         ({"engine_kwargs": 3}, r"engine_kwargs must be a mapping, got 3"),

@@ -212,9 +212,17 @@ class EngineRequest:
 
 
 def mapping(engine_kwargs: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return one of vLLM's arguments that is a mapping, also where it was written as JSON text."""
+    """Return one of vLLM's arguments that is a mapping, also where it was written as JSON text.
+
+    Raises:
+        ValueError: it is neither.
+    """
     value = engine_kwargs.get(name) or {}
-    return dict(json.loads(value) if isinstance(value, str) else value)
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, Mapping):  # of pairs, which dict() takes as well, vLLM makes nothing
+        raise ValueError(f"{name} is no mapping")
+    return dict(value)
 
 
 class _Fields:
@@ -255,7 +263,7 @@ class _Fields:
 
     def mapping(self, name: str) -> None:
         """Look at a mapping, or the JSON text of one."""
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(ValueError):
             mapping(self.given, name)
             return
         self._wrong(name, self.given[name], "must be a mapping, or the JSON text of one")
