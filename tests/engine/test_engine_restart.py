@@ -4,6 +4,7 @@ the server sees the answers of an engine that never died; weights that are not p
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -94,6 +95,19 @@ def test_requests_in_flight_run_again_from_their_prompts(
     event = restarts(restart_events)[-1]
     assert part.split()[0] in event["detail"]["cause"] or "EngineCore" in event["detail"]["cause"]
     print(f"\n{part}: {next_token:.1f} s from the kill to the next token; the engine: {event}")
+
+
+def test_an_engine_that_ends_by_an_error_says_which(
+    mortal: Any, checkpoints: Any, reference: Any, restart_events: Path
+) -> None:
+    mortal.sync(checkpoints[0].tensors())
+    worker = process(mortal, "worker")
+    limit = worker.memory_info().vms
+    worker.rlimit(psutil.RLIMIT_AS, (limit, limit))  # memory has run out
+    assert rollout_server.alone(mortal, TOKENS, SECONDS) == reference[0]
+    cause = restarts(restart_events)[-1]["detail"]["cause"]
+    print(f"\n{cause}")
+    assert re.search(r"\((RuntimeError|MemoryError|OSError|ImportError): .*\)", cause)
 
 
 @pytest.mark.parametrize("part", PARTS)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from verl_ascend_rollout.engine import causes
+
 PROGRAM = """
 import subprocess, sys
 from verl_ascend_rollout.engine import causes
@@ -31,3 +33,29 @@ def test_nothing_is_read_where_the_streams_are_pipes(tmp_path: Path) -> None:
     answer = tmp_path / "answer"
     subprocess.run([sys.executable, "-c", PROGRAM, answer], capture_output=True, check=True, timeout=60)
     assert answer.read_text() == ""
+
+
+def log_of(*lines: str) -> list[str]:
+    return [f"(EngineCore pid=9) ERROR 11-22 04:00:00 [core.py:1] {line}\n" for line in lines]
+
+
+def test_an_engine_died_of_what_it_printed_as_it_ended_and_not_of_an_error_before() -> None:
+    survived = log_of("WorkerProc hit an exception.", "KeyError: a request that failed")
+    assert causes.fatal_error(survived) == ""
+    fatal = log_of(
+        "EngineCore encountered a fatal error.",
+        "Traceback (most recent call last):",
+        "RuntimeError: Worker failed with error 'can't allocate memory: you tried 12 bytes', please check the stack "
+        "trace above for the root cause",
+    )
+    assert causes.fatal_error([*survived, *fatal]) == "RuntimeError: can't allocate memory: you tried 12 bytes"
+
+
+def test_what_only_points_at_another_process_is_not_the_reason_of_a_failed_start(tmp_path: Path) -> None:
+    class Log(causes.Printed):
+        def lines(self):  # type: ignore[no-untyped-def]
+            return iter(log_of("ValueError: the cause"))
+
+    pointing = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
+    assert causes.why_not_started(pointing, Log()) == "ValueError: the cause"
+    assert causes.why_not_started(OSError("no room"), Log()) == "OSError: no room"

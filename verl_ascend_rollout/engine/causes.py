@@ -1,12 +1,13 @@
-"""Why an engine did not start, out of what its processes print.
+"""Why an engine did not start, or died, out of what its processes print.
 
-What vLLM raises says only that another process failed ("Engine core initialization failed. See root cause above"); in a
-job the cause is then a hundred lines up, or in the log of an actor.
+What vLLM raises says only that another process failed ("Engine core initialization failed. See root cause above",
+"EngineCore encountered an issue"); in a job the cause is then a hundred lines up, or in the log of an actor.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import stat
@@ -41,6 +42,11 @@ _FOLLOWS = (
 )
 """What vLLM raises in one process because another has failed: its own words point elsewhere (0.11 to 0.28)."""
 
+_DIES = "EngineCore encountered a fatal error"
+"""What an EngineCore logs in front of the exception that ends it (v1/engine/core.py, 0.11 to 0.28)."""
+_OF_WORKER = re.compile(r"Worker failed with error '(.+)', please check the stack trace above .*")
+"""What an EngineCore makes of a worker's exception (v1/executor/multiproc_executor.py, the same releases)."""
+
 
 def plain(line: str) -> str:
     """Return the line without colours."""
@@ -54,6 +60,14 @@ def root_error(lines: Iterable[str]) -> str:
     prints a chain of exceptions from the first on.
     """
     return next((text for text in _errors(lines) if not is_followed(text)), "")
+
+
+def fatal_error(lines: Iterable[str]) -> str:
+    """Return the error that ended an EngineCore which had started; empty where it printed none.
+
+    What was printed before is no cause: an exception that vLLM survived is there as well.
+    """
+    return root_error(itertools.dropwhile(lambda line: _DIES not in line, lines))
 
 
 def is_followed(text: str) -> bool:
@@ -80,7 +94,8 @@ def _errors(lines: Iterable[str]) -> Iterator[str]:
             inside_validation = found["type"].rpartition(".")[2]
             continue
         name = found["type"].rpartition(".")[2]
-        yield f"{name}: {found['text']}"[:MOST_TEXT]
+        text = _OF_WORKER.sub(r"\1", found["text"])
+        yield f"{name}: {text}"[:MOST_TEXT]
 
 
 def one_sentence(error: BaseException) -> str:
@@ -89,6 +104,12 @@ def one_sentence(error: BaseException) -> str:
         f"{type(error).__name__}: {line}" if not number else line for number, line in enumerate(str(error).splitlines())
     )
     return next(_errors(text.splitlines()), "") or f"{type(error).__name__}: {' '.join(str(error).split())}"[:MOST_TEXT]
+
+
+def why_not_started(error: BaseException, printed: Printed) -> str:
+    """Return why an engine did not start: what vLLM raised, or where that only points elsewhere, what was printed."""
+    cause = one_sentence(error)
+    return (root_error(printed.lines()) or cause) if is_followed(cause) else cause
 
 
 class Printed:

@@ -20,6 +20,8 @@ from typing import Any, Literal, TypeVar
 
 import psutil
 
+from verl_ascend_rollout.engine import causes
+
 Result = TypeVar("Result")
 
 POLL_SECONDS = 0.25
@@ -42,12 +44,14 @@ class Watch:
         engine: vLLM's `AsyncLLM`, once it is there.
         cores: its EngineCore processes, by process id, which this process has started.
         workers: its workers on this host, and what each is called.
+        printed: what it prints.
     """
 
     cause: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     engine: Any = None
     cores: dict[int, BaseProcess] = field(default_factory=dict)
     workers: dict[psutil.Process, str] = field(default_factory=dict)
+    printed: causes.Printed = field(default_factory=causes.Printed)
 
     def follow(self, workers: list[dict[str, Any]]) -> None:
         """Look at the workers as well.
@@ -65,10 +69,12 @@ class Watch:
         """Whether the engine is known to be dead."""
         return self.cause.done()
 
-    @property
-    def killed(self) -> bool:
-        """Whether a signal ended an EngineCore, so that nothing that it printed is the cause."""
-        return any((core.exitcode or 0) < 0 for core in self.cores.values())
+    def said(self) -> str:
+        """Return the error that the dead engine printed; empty where a signal ended it, so that nothing printed is
+        the cause."""
+        if any((core.exitcode or 0) < 0 for core in self.cores.values()):
+            return ""
+        return (causes.root_error if self.engine is None else causes.fatal_error)(self.printed.lines())
 
     def look(self) -> bool:
         """Look at the processes now; whether the engine is dead."""
@@ -95,8 +101,9 @@ class Watch:
         killed = [pid for pid, core in self.cores.items() if core.exitcode == -signal.SIGKILL]
         if killed and "EngineCore (process" not in cause:
             cause = f"its EngineCore (process {killed[0]}) {self._how()}"
+        said = self.said()
         self.kill()
-        return cause
+        return f"{cause} ({said})" if said else cause
 
     async def while_alive(self, call: Awaitable[Result]) -> Result:
         """Return what `call` returns.

@@ -141,22 +141,17 @@ class AscendSafeHttpServer(vLLMHttpServer):
         self._args = args
         watch = death.Watch()
         watching = asyncio.create_task(watch.watch())
-        printed = causes.Printed()
         try:
             await watch.while_alive(self._start(watch))
         except EngineDiedError as error:
             await watching  # by then it has printed why
-            cause = "" if watch.killed else causes.root_error(printed.lines())
-            if cause:
+            if cause := watch.said():
                 raise EngineStartError(self._unstarted(cause)) from None
             raise EngineDiedError(self._obituary("started", str(error))) from None
         except Exception as error:
-            if type(error).__module__.startswith("verl_ascend_rollout."):
+            if _is_ours(error):
                 raise
-            cause = causes.one_sentence(error)
-            if causes.is_followed(cause):
-                cause = causes.root_error(printed.lines()) or cause
-            raise EngineStartError(self._unstarted(cause)) from error
+            raise EngineStartError(self._unstarted(causes.why_not_started(error, watch.printed))) from error
         self._watch = watch
         self._mourning = asyncio.create_task(self._mourn(watch, watching))
 
@@ -241,7 +236,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
             try:
                 await self._restart(made, cause, obituary)
             except Exception as error:
-                said = str(error) or type(error).__name__
+                said = str(error) if _is_ours(error) else causes.why_not_started(error, made.printed)
                 obituary = f"{obituary}; another engine could not take its place: {said}"
                 watching.cancel()
                 made.kill()
@@ -285,7 +280,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
         with contextlib.suppress(Exception):
             self.engine.shutdown()
         self._server_task.cancel()
-        before = self._life
+        before, self._busy = self._life, "was made again"
         try:
             await watch.while_alive(self._start(watch))
             made = time.perf_counter()
@@ -325,7 +320,6 @@ class AscendSafeHttpServer(vLLMHttpServer):
         """
         self._life = Lifecycle()
         self._engine_sleeps = self._leaving = False
-        self._busy = "was made again"
         await self.engine.pause_generation(clear_cache=False)
         while True:
             promised = self._snapshot
@@ -807,6 +801,11 @@ class AscendSafeHttpServer(vLLMHttpServer):
 
 OUTLIVES = ("engine_death", "keep_snapshot", "mark_weights_stale", "explain")
 """Methods that ask nothing of the engine."""
+
+
+def _is_ours(error: Exception) -> bool:
+    """Return whether an exception is one of this package's, whose text is a sentence."""
+    return type(error).__module__.startswith("verl_ascend_rollout.")
 
 
 def _copied(values: Iterable[Any]) -> list[Any]:
