@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,12 +63,40 @@ def process(server: Any, part: str) -> psutil.Process:
     return worker if part == "worker" else worker.parent()
 
 
+def trainer_seconds(file: Path, count: int) -> list[float]:
+    """Of the last syncs, as the trainer saw them."""
+    syncs = [event for event in events.read(file) if (event["step"], event["process"]) == ("sync", "trainer")]
+    return [event["seconds"] for event in syncs[-count:]]
+
+
 def kill(server: Any, part: str) -> None:
     process(server, part).send_signal(signal.SIGKILL)
 
 
 def restarts(file: Path) -> list[dict[str, Any]]:
     return [event for event in events.read(file) if event["step"] == "restart"]
+
+
+def test_a_snapshot_is_the_weights_once_more(
+    server: Any, mortal: Any, checkpoints: Any, events_file: Path, restart_events: Path, record_property: Any
+) -> None:
+    """What it costs when nothing dies: the same syncs in turn, without and with."""
+    rounds = 12
+    for number in range(rounds):
+        for one in (server, mortal):
+            one.sync(checkpoints[number % 2].tensors())
+    without, kept = trainer_seconds(events_file, rounds), trainer_seconds(restart_events, rounds)
+    details = [event["detail"] for event in events.read(restart_events) if event["detail"].get("snapshot_bytes")]
+    tensors = dict(checkpoints[0].tensors()).values()
+    assert details[-1]["snapshot_bytes"] == details[-1]["bytes"] == sum(tensor.nbytes for tensor in tensors)
+    pairs = [with_it / alone for with_it, alone in zip(kept, without, strict=True)]
+    line = (
+        f"{details[-1]['bytes']} bytes: a sync takes {statistics.median(without):.4f} s without a snapshot, "
+        f"{statistics.median(kept):.4f} s with one, {statistics.median(pairs):.2f} times as long in the middle; "
+        f"writing it {statistics.median(detail['snapshot_seconds'] for detail in details):.4f} s"
+    )
+    record_property("measured", line)
+    print(line)
 
 
 @pytest.mark.parametrize("part", PARTS)
