@@ -48,6 +48,10 @@ if grep -qs '^  v1:' "$CONFIG/ppo_trainer.yaml"; then
     known+=("trainer.v1.sampler.custom_sampler.path='$HERE/sampler.py'"
         trainer.v1.sampler.custom_sampler.name=QuickReplayBuffer)
 fi
+# On a CPU a device is a slot that Ray is told of.
+if [[ "$VERL_PLATFORM" == cpu ]]; then
+    known+=(++ray_kwargs.ray_init.num_gpus="$DEVICES")
+fi
 # A CPU engine that does not look at kv_cache_memory_bytes takes half of the machine, unless this says how many GiB.
 if ! grep -qs kv_cache_memory_bytes "$(folder_of vllm)/v1/worker/cpu_worker.py"; then
     known+=("++ray_kwargs.ray_init.runtime_env.env_vars.VLLM_CPU_KVCACHE_SPACE='1'")
@@ -94,7 +98,7 @@ exec "$PYTHON" -m verl.trainer.main_ppo --config-name=ascend_safe ${flags[@]+"${
     "reward.custom_reward_function.path='$HERE/reward.py'" \
     reward.custom_reward_function.name=compute_score \
     ++transfer_queue.backend.SimpleStorage.num_data_storage_units=1 \
-    ++ray_kwargs.ray_init.num_cpus=8 \
+    ++ray_kwargs.ray_init.num_cpus=$((8 * DEVICES)) \
     ++ray_kwargs.ray_init.include_dashboard=False \
     trainer.nnodes=1 \
     trainer.n_gpus_per_node="$DEVICES" \

@@ -95,7 +95,7 @@ def test_every_order_with_requests_in_flight(checkpoints: list[Checkpoint], tmp_
     }
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_ASCEND_ENABLE_NZ"):
         environment.pop(name, None)  # set for the engine in this process; a job must not need them
-    script = Path(__file__).with_name("kv_server.py")
+    script = Path(__file__).resolve().parents[1] / "kv_server.py"
     done = subprocess.run(
         [sys.executable, str(script), str(checkpoints[0].path), str(tmp_path)],
         capture_output=True,

@@ -1,33 +1,46 @@
-"""A rollout server on an emulated NPU, in every order and under requests:  kv_server.py CHECKPOINT FOLDER
+"""A rollout server of the verl and on the real vLLM that run this, in every order and under requests:
 
-writes FOLDER/found.json.  A wrong token, or a call that does not end, fails here.
+    kv_server.py CHECKPOINT FOLDER
+
+on the platform VERL_PLATFORM (`cpu`, `npu`); writes FOLDER/found.json.  A wrong token, or a call that does not end,
+fails here.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from typing import Any
 
 import ray
 import rollout_server
 from safetensors.torch import load_file
 
+from verl_ascend_rollout import plugin
+from verl_ascend_rollout.platforms.base import installed_versions
+
 SEEDS = (1, 2)
 SECONDS = 200
 TOKENS = 6
+RESOURCES: dict[str, dict[str, Any]] = {"cpu": {"num_gpus": 1}, "npu": {"resources": {"NPU": 1}}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "cpu": {"kv_cache_memory_bytes": 2**28, "block_size": 32},
+    "npu": {"skip_tokenizer_init": True, "gpu_memory_utilization": 0.02},
+}
 
 
 def main() -> None:
     checkpoint, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    ray.init(num_cpus=4, resources={"NPU": 1}, include_dashboard=False)
+    platform = os.environ["VERL_PLATFORM"]
+    plugin.require_registered()  # as the driver's hydra plug-in does, for a verl without entry points
+    ray.init(num_cpus=4, include_dashboard=False, **RESOURCES[platform])
     try:
         server = rollout_server.start_server(
             checkpoint,
             folder / "events.jsonl",
-            {"skip_tokenizer_init": True, "gpu_memory_utilization": 0.02},
+            ENGINES[platform],
             max_model_len=192,
             max_num_seqs=16,
         )
@@ -42,6 +55,7 @@ def main() -> None:
             server.call(method, *arguments)
             orders.append((method, server.call("explain")["state"], expected))
         found = {
+            "versions": dict(installed_versions()),
             "kv_release": server.call("explain")["kv_release"],
             "orders": orders,
             "same after orders": rollout_server.alone(server, TOKENS, SECONDS) == reference,
