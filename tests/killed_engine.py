@@ -58,11 +58,11 @@ class Job:
             time.sleep(0.02)
 
     def part(self, name: str) -> psutil.Process:
-        """`EngineCore` or `worker`, the youngest."""
+        """`EngineCore`, `worker`, or what else a process's title begins with; the youngest."""
         found = []
         for process in processes(self.out):
             with contextlib.suppress(psutil.Error):
-                if TITLES[name] in " ".join(process.cmdline()):
+                if TITLES.get(name, name) in " ".join(process.cmdline()):
                     found.append(process)
         return max(found, key=lambda process: process.create_time())
 

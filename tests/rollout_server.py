@@ -97,6 +97,7 @@ def start_server(
     from verl.workers.config import CheckpointEngineConfig, HFModelConfig, RolloutConfig
     from verl.workers.rollout.base import get_rollout_class
     from verl.workers.rollout.replica import RolloutMode, get_rollout_replica_class
+    from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
     rollout = RolloutConfig(
         name="ascend_safe",
@@ -118,7 +119,9 @@ def start_server(
     )
     model = HFModelConfig(path=str(checkpoint))
     made = get_rollout_replica_class("ascend_safe")(replica, rollout, model, gpus_per_node=1)
-    actor = made.server_class.options(name=f"ascend_safe_server_{replica}_0", max_concurrency=200, num_cpus=0).remote(
+    # verl 0.7.1's adapter looks for a name without the rollout's.
+    prefix = "ascend_safe" if hasattr(ServerAdapter, "_get_server_name_prefix") else "vllm"
+    actor = made.server_class.options(name=f"{prefix}_server_{replica}_0", max_concurrency=200, num_cpus=0).remote(
         config=rollout,
         model_config=model,
         rollout_mode=RolloutMode.HYBRID,

@@ -5,6 +5,8 @@ The server and the replica are fake; what ends the loop, the loop's waits and th
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -102,6 +104,33 @@ def test_a_server_that_is_killed_ends_the_loop_as_well(cluster: Any) -> None:
     time.sleep(0.2)
     cluster.kill(server)
     with pytest.raises(EngineDiedError, match="A rollout server died, and its engine with it|" + SENTENCE):
+        cluster.get(running, timeout=60)
+
+
+def test_a_worker_that_is_killed_ends_the_loop_that_would_wait_for_it(cluster: Any) -> None:
+    from verl_ascend_rollout.integration.engine_death import WorkerDiedError
+
+    @cluster.remote
+    class AgentLoopWorker:
+        def process(self) -> int:
+            return os.getpid()
+
+    @cluster.remote
+    class Trainer:
+        def fit(self, workers: list[Any]) -> None:
+            from verl_ascend_rollout.integration import engine_death
+
+            with engine_death.ends_the_job(workers):
+                while True:
+                    time.sleep(0.1)
+
+    workers = [AgentLoopWorker.remote() for _ in range(2)]
+    process = cluster.get(workers[1].process.remote())
+    running = Trainer.remote().fit.remote(workers)
+    assert cluster.wait([running], timeout=4)[0] == [], "workers that live end nothing"
+    os.kill(process, signal.SIGKILL)
+    sentence = rf"AgentLoopWorker \(process {process} on \S+\) of this job died, .*: \S+"
+    with pytest.raises(WorkerDiedError, match=sentence):
         cluster.get(running, timeout=60)
 
 

@@ -1,4 +1,5 @@
-"""A GRPO job whose rollout engine is killed: it ends with one sentence, or, with `restart`, it goes on and learns.
+"""A GRPO job whose rollout engine, or a worker beside it, is killed: it ends with one sentence, or, with `restart`, it
+goes on and learns.
 
 ASCEND_SAFE_KILLS=10 ASCEND_SAFE_STEPS=30 make the second that many, at random moments; ASCEND_SAFE_SEED draws others.
 """
@@ -54,6 +55,25 @@ def test_a_job_of_an_older_verl_ends_with_one_sentence(tmp_path: Path, stack: st
     if not python.exists():
         pytest.skip(f"the stack is not here: make .venv-{stack}/.ready")
     ends_with_one_sentence(tmp_path / "run", "EngineCore", "generate", str(python))
+
+
+@pytest.mark.parametrize(
+    "title", ["ray::AgentLoopWorkerTQ", pytest.param("ray::RewardLoopWorker", marks=pytest.mark.long)]
+)
+def test_a_job_whose_prompts_nobody_runs_any_more_ends_with_one_sentence(tmp_path: Path, title: str) -> None:
+    """As Ray kills such a worker where memory runs out; verl's V1 trainer then waits for ever."""
+    with job(tmp_path / "run", PYTHON=sys.executable, STEPS="4") as running:
+        killed = running.kill(title, "generate", step=1)
+        code = running.process.wait(timeout=120)
+        seconds = time.time() - killed
+        lines = running.log.read_text().splitlines()
+        time.sleep(3)
+        left = processes(running.out)
+    print(f"\n{title}: exit code {code} after {seconds:.1f} s; {lines[-1]}")
+    assert code == 1
+    assert re.match(rf"ascend_safe: {title[5:]} \(process \d+ on \S+\) of this job died, .*Worker exit type", lines[-1])
+    assert seconds < SECONDS
+    assert not left
 
 
 def ends_with_one_sentence(out: Path, part: str, state: str, python: str, *settings: str) -> None:

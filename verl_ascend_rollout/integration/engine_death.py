@@ -1,8 +1,10 @@
-"""The end of a job whose rollout engine is dead: the trainer ends with one sentence, and soon.
+"""The end of a job whose rollout engine, or what stands between engine and trainer, is dead: one sentence, and soon.
 
 A trainer need not notice by itself.  verl's V1 trainer polls for finished prompts and refills those that failed,
 without end (verl 0.9.1, trainer/ppo/v1/replay_buffer.py); so the process that has the replicas asks their servers,
-which answer when the engine has died (`AscendSafeHttpServer.engine_death`), and interrupts its own `fit`.
+which answer when the engine has died (`AscendSafeHttpServer.engine_death`), and interrupts its own `fit`.  The same
+with the workers that run the prompts and score the answers: of one that is gone (Ray kills some of them when a node's
+memory runs out) no prompt comes back.
 """
 
 from __future__ import annotations
@@ -10,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from verl_ascend_rollout.engine.death import EngineDiedError
@@ -41,21 +44,29 @@ def follow(replica: Any) -> None:
     _replicas.add(replica)
 
 
+class WorkerDiedError(RuntimeError):
+    """A worker of verl's is dead that the trainer would wait for.  One sentence: which, and what Ray says of it."""
+
+
 @contextlib.contextmanager
-def ends_the_job() -> Iterator[None]:
+def ends_the_job(workers: Sequence[Any] = ()) -> Iterator[None]:
     """Run a trainer's loop, and end it when a rollout engine has died.
+
+    Args:
+        workers: actors without which the loop waits for ever.
 
     Raises:
         EngineDiedError: with which engine, why, and which log; in place of whatever else the death made fail.
+        WorkerDiedError: one of the workers died.
     """
-    watcher = _Watcher()
+    watcher = _Watcher(workers)
     watcher.start()
     try:
         yield
     except BaseException:
         watcher.left = True
         if watcher.finish(patience=PATIENCE):
-            raise EngineDiedError(watcher.sentence) from None
+            raise watcher.found from None
         raise
     finally:
         watcher.left = True
@@ -63,16 +74,17 @@ def ends_the_job() -> Iterator[None]:
 
 
 class _Watcher(threading.Thread):
-    def __init__(self) -> None:
+    def __init__(self, workers: Sequence[Any]) -> None:
         super().__init__(name="ascend-safe-engine-death", daemon=True)
-        self.sentence = ""
+        self.found: EngineDiedError | WorkerDiedError = EngineDiedError()
         # The loop has ended: it is interrupted no more.
         self.left = False
+        self._workers = frozenset(workers)
         self._interruptible = threading.current_thread() is threading.main_thread()
         if self._interruptible:  # no other takes signals
             signal.signal(INTERRUPT, self._on_signal)
         self._ended = threading.Event()
-        self._found = threading.Event()
+        self._died = threading.Event()
 
     def _on_signal(self, number: int, _: object) -> None:
         # A wait of Ray's heeds no other exception of a signal's handler (ray 2.60, _raylet.pyx, check_signals).
@@ -80,8 +92,8 @@ class _Watcher(threading.Thread):
             raise KeyboardInterrupt
 
     def finish(self, patience: float = 0.0) -> bool:
-        """Stop watching; whether an engine has died."""
-        died = self._found.wait(patience)
+        """Stop watching; whether something has died."""
+        died = self._died.wait(patience)
         self._ended.set()
         return died
 
@@ -90,20 +102,22 @@ class _Watcher(threading.Thread):
 
         asked: dict[Any, Any] = {}
         while not self._ended.is_set():
+            # Servers first, whose answer is a death: `ray.wait` takes what is ready in this order.
             servers = {server for replica in _replicas for server in getattr(replica, "servers", None) or ()}
-            for server in servers - set(asked.values()):
-                asked[server.engine_death.remote()] = server
+            for server in servers.difference(asked.values()):
+                asked = {server.engine_death.remote(): server, **asked}
+            for worker in self._workers.difference(asked.values()):
+                asked[worker.__ray_ready__.remote()] = worker
             answered = ray.wait(list(asked), timeout=POLL_SECONDS)[0] if asked else []
-            if not answered:
-                self._ended.wait(POLL_SECONDS)
-                continue
-            try:
-                self.sentence = str(ray.get(answered[0]))
-            except Exception as error:
-                first = str(error).strip().splitlines()[0]
-                self.sentence = f"A rollout server died, and its engine with it: {type(error).__name__}: {first}"
-            self._found.set()
-            self._interrupt()
+            if answered:
+                actor = asked.pop(answered[0])
+                found = _death_of_server(answered[0]) if actor in servers else _death_of_worker(answered[0])
+                if found is not None:
+                    self.found = found
+                    self._died.set()
+                    self._interrupt()
+                    return
+            self._ended.wait(POLL_SECONDS)
 
     def _interrupt(self) -> None:
         """Raise KeyboardInterrupt in the loop; if that does not end it, end this process."""
@@ -113,5 +127,40 @@ class _Watcher(threading.Thread):
             if self._interruptible:
                 signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
             self._ended.wait(1.0)
-        print(f"ascend_safe: {self.sentence}", file=sys.stderr, flush=True)
+        print(f"ascend_safe: {self.found}", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _death_of_server(answer: Any) -> EngineDiedError:
+    import ray
+
+    try:
+        return EngineDiedError(str(ray.get(answer)))
+    except Exception as error:
+        return EngineDiedError(
+            f"A rollout server died, and its engine with it: {type(error).__name__}: {_first_line(error)}"
+        )
+
+
+def _death_of_worker(answer: Any) -> WorkerDiedError | None:
+    """Return what to say of a worker that is dead; `None` of one that answers, or cannot be reached just now."""
+    import ray
+
+    try:
+        ray.get(answer)
+    except ray.exceptions.ActorUnavailableError:
+        return None
+    except ray.exceptions.RayError as error:
+        said = str(error)
+        facts = dict(re.findall(r"^\s*(class_name|pid|ip): (\S+)", said, re.MULTILINE))
+        who = f"{facts['class_name']} (process {facts.get('pid')} on {facts.get('ip')})" if facts else "A worker"
+        why = re.search(r"Worker exit type: .*|The actor is dead because .*|died because .*", said)
+        return WorkerDiedError(
+            f"{who} of this job died, and the trainer would wait for its prompts for ever: "
+            f"{why[0].strip() if why else _first_line(error)}"
+        )
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,15 +11,17 @@ from verl_ascend_rollout.integration.patch import Patch, patch_of
 PATCHES: list[Patch] = []
 
 
-@patch_of(PATCHES, "verl.trainer.ppo.v1.trainer_base:PPOTrainer.fit", "self", required=False)
-def end_with_the_engine(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the loop, and end it with a sentence when a rollout engine has died.
+@patch_of(PATCHES, "verl.trainer.ppo.v1.trainer_base:PPOTrainer.fit", "self", "agent_loop_manager", required=False)
+def end_with_the_engine(original: Callable[..., Any], self: Any, agent_loop_manager: Any) -> Any:
+    """Run the loop, and end it with a sentence when a rollout engine, or a worker of the agent loop, has died.
 
-    Without the patch a job whose engine is dead goes on for ever: the trainer polls for finished prompts and refills
-    those that failed (trainer/ppo/v1/replay_buffer.py).  Remove when verl ends a job whose rollout engine is dead.
+    Without the patch such a job goes on for ever: the trainer polls for finished prompts and refills those that failed
+    (trainer/ppo/v1/replay_buffer.py).  Remove when verl ends a job whose rollout engine or agent loop is dead.
     """
-    with ends_the_job():
-        return original(self, *args, **kwargs)
+    # A manager of the user's own may have none.
+    workers = (*(getattr(agent_loop_manager, "agent_loop_workers", None) or ()), *(self.get_reward_handles() or ()))
+    with ends_the_job(workers):
+        return original(self, agent_loop_manager)
 
 
 @patch_of(PATCHES, "verl.trainer.ppo.ray_trainer:RayPPOTrainer.fit", "self", required=False)
