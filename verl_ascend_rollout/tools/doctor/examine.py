@@ -38,7 +38,7 @@ from verl_ascend_rollout.tools.doctor import (
     wheels,
 )
 from verl_ascend_rollout.tools.doctor.checks import failed, tried, unknown
-from verl_ascend_rollout.tools.doctor.source import Folders
+from verl_ascend_rollout.tools.doctor.source import Sources
 from verl_ascend_rollout.tools.report import Check, Report, Section
 
 LIMITS = (
@@ -59,7 +59,7 @@ def examine(with_live: bool = False) -> Report:
     """
     search, environ = Search.of_this_process(), dict(os.environ)
     folders, versions = search.folders(), search.versions
-    sources = Folders(folders)
+    sources = Sources(folders)
     facts, problem = _platform(search, environ)
     chip = _chip(facts, folders)
     asked: list[tuple[str, Callable[[], Iterable[Check]]]] = [
