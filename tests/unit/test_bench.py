@@ -14,7 +14,7 @@ import pytest
 from verl_ascend_rollout.tools import cli
 from verl_ascend_rollout.tools.bench import weights
 from verl_ascend_rollout.tools.bench.table import BenchError, Column, show, write
-from verl_ascend_rollout.tools.toy_model import Geometry, merged_experts, scaled_to
+from verl_ascend_rollout.tools.toy_model import Geometry, scaled_to
 
 
 def test_the_full_geometry_is_qwen1_5_moe() -> None:
@@ -50,11 +50,11 @@ def test_by_itself_the_widths_are_real_and_the_layers_are_those_that_fit(monkeyp
 
 def test_merged_experts_are_the_same_bytes_in_two_tensors_a_layer() -> None:
     geometry = Geometry(layers=2)
-    merged = dict(merged_experts(geometry))
+    merged = dict(geometry.tensors(merged=True))
     assert len(merged) == 2 * (2 + 7 + 2 + 3 + 2) + 3
     assert sum(math.prod(shape) for shape in merged.values()) * 2 == geometry.bytes()
-    assert merged["model.layers.1.mlp.experts.gate_up_proj"] == [60, 2816, 2048]
-    assert merged["model.layers.1.mlp.experts.down_proj"] == [60, 2048, 1408]
+    assert merged["model.layers.1.mlp.experts.gate_up_proj"] == (60, 2816, 2048)
+    assert merged["model.layers.1.mlp.experts.down_proj"] == (60, 2048, 1408)
 
 
 def rows() -> list[dict[str, Any]]:

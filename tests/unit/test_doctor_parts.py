@@ -15,7 +15,7 @@ from verl_ascend_rollout.platforms.base import PlatformName
 from verl_ascend_rollout.tools.cli import main
 from verl_ascend_rollout.tools.doctor import claims, environment, identity, imports, stacks, wheels
 from verl_ascend_rollout.tools.doctor.environment import MIB, Machine
-from verl_ascend_rollout.tools.doctor.source import Defines, Folders, Sources, Uses, our_source
+from verl_ascend_rollout.tools.doctor.source import Defines, Sources, Uses, our_source
 
 SOURCE = '''"""A module."""
 import os
@@ -40,12 +40,12 @@ except ImportError:
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> Folders:
+def sources(tmp_path: Path) -> Sources:
     package = tmp_path / "package"
     package.mkdir()
     (package / "a.py").write_text(SOURCE)
     (package / "broken.py").write_text("def (:\n")
-    return Folders({"package": package})
+    return Sources({"package": package})
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def sources(tmp_path: Path) -> Folders:
         (Uses("package/a.py", "FRACTAL_NZ"), None),
     ],
 )
-def test_places(sources: Folders, place: Defines | Uses, where: int | None) -> None:
+def test_places(sources: Sources, place: Defines | Uses, where: int | None) -> None:
     found = place.find(sources)
     assert (found.where if found else None) == (f"{place.file}:{where}" if where else None)
 
@@ -219,7 +219,7 @@ class Texts(Sources):
     """Source that is made up."""
 
     def __init__(self, files: dict[str, str]) -> None:
-        super().__init__()
+        super().__init__({})
         self.files = files
 
     def has(self, package: str) -> bool:

@@ -32,6 +32,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
 
 OURS = "verl-ascend-rollout"
 
+DISTRIBUTIONS = (*(name for names in PACKAGES.values() for name in names), OURS)
+
 
 def installed_version(name: str) -> str | None:
     """Return the version of a distribution in this process; `None` for one that only is an alias of another."""
@@ -177,13 +179,19 @@ class Search:
     @cached_property
     def versions(self) -> dict[str, str]:
         """Version by name of each distribution of PACKAGES, and of our own; `?` where its metadata has none."""
-        names = [name for distributions in PACKAGES.values() for name in distributions]
         versions = {}
-        for name in (*names, OURS, "triton-ascend", "torchvision", "tensordict"):
+        for name in (*DISTRIBUTIONS, "triton-ascend", "torchvision", "tensordict"):
             distribution = self.distribution(name)
             if distribution is not None:
                 versions[name] = version_of(distribution) or "?"
         return versions
+
+    @cached_property
+    def checkouts(self) -> dict[str, Path]:
+        """Folder by name of each distribution of DISTRIBUTIONS that is an editable install, as pip noted it."""
+        noted = ((name, self.distribution(name)) for name in DISTRIBUTIONS)
+        found = ((name, checkout_of(distribution)) for name, distribution in noted if distribution is not None)
+        return {name: checkout for name, checkout in found if checkout is not None}
 
     def folders(self) -> dict[str, Path]:
         """Return the folder of each package whose source can be read, wherever it is; what the claims are read from.
@@ -249,7 +257,7 @@ def checkout_of(distribution: metadata.Distribution) -> Path | None:
 
 def pth_entries(paths: Sequence[Path]) -> Iterator[tuple[str, Path, str]]:
     """Name, folder and file of each folder that a *.pth file adds for one of our packages."""
-    known = "|".join(sorted({*PACKAGES, *(name for names in PACKAGES.values() for name in names), OURS}, key=len)[::-1])
+    known = "|".join(sorted({*PACKAGES, *DISTRIBUTIONS}, key=len)[::-1])
     for path in paths:
         for file in sorted(path.glob("*.pth")):
             name = re.search(rf"(?<![a-z])({known})(?![a-z])", file.stem.lower())

@@ -13,8 +13,7 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 SECRET = "[secret]"
@@ -22,6 +21,12 @@ HOST = "[host]"
 ADDRESS = "[address]"
 USER = "[user]"
 EMAIL = "[email]"
+
+Instead = str | Callable[[re.Match[str]], str]
+Shape = tuple[str, Instead]
+"""What is taken out, as a regular expression, and what takes its place."""
+
+Identity = tuple[tuple[re.Pattern[str], Instead], ...]
 
 _SECRET_WORD = (
     r"(?:tokens?|secrets?|passw(?:or)?d|passphrase|credentials?|(?:api|access|account|private|secret|auth)[_-]?key"
@@ -38,48 +43,6 @@ _HOST_VARIABLE = re.compile(
     re.IGNORECASE,
 )
 _USER_VARIABLE = ("USER", "LOGNAME", "SUDO_USER", "USERNAME", "SLURM_JOB_USER", "HADOOP_USER_NAME")
-
-# Each is linear in the text: where a match can fail only far away, it can begin in few places.
-_SHAPES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
-    (
-        re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL),
-        SECRET,
-    ),
-    # user:password@ in an address; a user alone may be a token.
-    (re.compile(r"(?<=://)(?!\[secret\]@)[^/\s@]+@"), f"{SECRET}@"),
-    # The signature, which is all that it takes, of an address that was signed (Azure, AWS, Google).
-    (re.compile(r"(?i)([?&](?:sig|(?:x-\w+-)?(?:signature|credential|security-token))=)[^&\s\"'<>]+"), rf"\1{SECRET}"),
-    # Tokens that say what they are: Hugging Face, ModelScope, GitHub, GitLab, PyPI, npm, Docker, NVIDIA, OpenAI and the
-    # like, AWS, Slack, Google, a JWT.
-    (
-        re.compile(
-            r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{10,}|ms-[0-9a-f]{8}-[0-9a-f-]{20,}|(?:gh[pousr]_|github_pat_)\w{16,}"
-            r"|(?:glpat|pypi|nvapi|sk|pk|rk)-[\w-]{16,}|npm_[A-Za-z0-9]{16,}|dckr_pat_[\w-]{16,}"
-            r"|(?:AKIA|ASIA)[A-Z0-9]{16}\b|xox[abeoprs]-[A-Za-z0-9-]{10,}|AIza[\w-]{30,})"
-        ),
-        SECRET,
-    ),
-    (re.compile(r"(?<![\w-])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"), SECRET),
-    (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}"), rf"\1 {SECRET}"),
-    # name=value and name: value, where the name says that the value is a secret; and `--name value`, also in a list.
-    (re.compile(rf"(?ix)(?P<name>{_SECRET_WORD}(?:\\*[\"'])?\s*[=:]\s*){_VALUE}"), lambda match: _value(match)),
-    (
-        re.compile(rf"(?ix)(?P<name>(?<![\w-])--[\w-]*{_SECRET_WORD}[\"']?(?:[ \t]+|,\s*)(?!-)){_VALUE}"),
-        lambda match: _value(match),
-    ),
-    (re.compile(r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+"), EMAIL),
-)
-
-_HOMES = re.compile(r"(?<![\w.])/(home|Users)/(?!\[user\])[^/\s:\"'|`,;)]+")
-_ROOT_HOME = re.compile(r"(?<![\w.])/root(?=[/\s:\"'|`,;)]|$)")
-_URL_HOST = re.compile(r"(?<=://)(?P<user>[^/\s@]*@)?(?P<host>[A-Za-z0-9.-]+)(?P<rest>:\d+)?")
-_INNER_HOST = re.compile(
-    r"(?<![\w@/.-])[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.(?:internal|local|localdomain|lan|intranet|corp)\b"
-)
-_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\d)")
-_IPV6 = re.compile(
-    r"(?<![\w:.])(?=[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:)[0-9A-Fa-f]{1,4}(?::{1,2}[0-9A-Fa-f]{1,4}){2,7}(?![\w:])"
-)
 
 _PUBLIC_HOSTS = (
     "github.com",
@@ -128,18 +91,8 @@ def redact_file(path: Path) -> None:
         clean.replace(path)
 
 
-@dataclass(frozen=True)
-class Identity:
-    """What is to be taken out by name: see `identity_of`."""
-
-    secrets: tuple[str, ...]
-    homes: tuple[str, ...]
-    hosts: re.Pattern[str] | None
-    users: re.Pattern[str] | None
-
-
 def identity_of(environ: Mapping[str, str], host: str, users: Iterable[str], homes: Iterable[str]) -> Identity:
-    """Collect the words that must not go out.
+    """Return all that must not go out, in the order in which it is taken out.
 
     Args:
         environ: environment variables: some have a secret's name, and some name hosts.
@@ -157,27 +110,23 @@ def identity_of(environ: Mapping[str, str], host: str, users: Iterable[str], hom
     names = [*users, *(environ[name] for name in _USER_VARIABLE if environ.get(name))]
     # A home that is the root of the file system, or one part deep ("/root"), is no name to hide.
     folders = [home.rstrip("/") for home in homes if home.rstrip("/").count("/") >= 2]
-    return Identity(_longest_first(secrets), _longest_first(folders), _words(hosts), _words(names))
+    shapes: list[Shape] = [
+        *((re.escape(secret), SECRET) for secret in _longest_first(secrets)),
+        *_SECRETS,
+        *((rf"{re.escape(home)}(?![\w-])", "~") for home in _longest_first(folders)),
+        *_PLACES,
+        *_words(hosts, HOST),
+        *_words(names, USER),
+        *_ADDRESSES,
+    ]
+    return tuple((re.compile(shape), instead) for shape, instead in shapes)
 
 
 def redact_for(text: str, identity: Identity) -> str:
     """Redact as `redact` does, with what is to be taken out given."""
-    for secret in identity.secrets:
-        text = text.replace(secret, SECRET)
-    for shape, instead in _SHAPES:
+    for shape, instead in identity:
         text = shape.sub(instead, text)
-    for home in identity.homes:
-        text = re.sub(rf"{re.escape(home)}(?![\w-])", "~", text)
-    text = _HOMES.sub(rf"/\1/{USER}", text)
-    text = _ROOT_HOME.sub("~", text)
-    text = _URL_HOST.sub(_url_host, text)
-    text = _INNER_HOST.sub(HOST, text)
-    if identity.hosts:
-        text = identity.hosts.sub(HOST, text)
-    if identity.users:
-        text = identity.users.sub(USER, text)
-    text = _IPV4.sub(_address, text)
-    return _IPV6.sub(_address, text)
+    return text
 
 
 @functools.cache
@@ -200,12 +149,11 @@ def _longest_first(words: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted({word for word in words if word}, key=len, reverse=True))
 
 
-def _words(words: Iterable[str]) -> re.Pattern[str] | None:
-    """Return any of the words, standing alone; `None` where none of them tells anything."""
+def _words(words: Iterable[str], instead: str) -> Iterator[Shape]:
+    """Yield any of the words, standing alone; nothing where none of them tells anything."""
     telling = _longest_first(word for word in words if len(word) >= 3 and word.lower() not in _ORDINARY)
-    if not telling:
-        return None
-    return re.compile(rf"(?<![A-Za-z0-9[])(?:{'|'.join(map(re.escape, telling))})(?![A-Za-z0-9\]])")
+    if telling:
+        yield rf"(?<![A-Za-z0-9[])(?:{'|'.join(map(re.escape, telling))})(?![A-Za-z0-9\]])", instead
 
 
 def _value(match: re.Match[str]) -> str:
@@ -229,3 +177,45 @@ def _address(match: re.Match[str]) -> str:
     except ValueError:
         return match[0]  # a version of four parts with a number above 255
     return match[0] if address.is_loopback or address.is_unspecified else ADDRESS
+
+
+# Each is linear in the text: where a match can fail only far away, it can begin in few places.
+_SECRETS: tuple[Shape, ...] = (
+    (r"(?s)-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", SECRET),
+    # user:password@ in an address; a user alone may be a token.
+    (r"(?<=://)(?!\[secret\]@)[^/\s@]+@", f"{SECRET}@"),
+    # The signature, which is all that it takes, of an address that was signed (Azure, AWS, Google).
+    (r"(?i)([?&](?:sig|(?:x-\w+-)?(?:signature|credential|security-token))=)[^&\s\"'<>]+", rf"\1{SECRET}"),
+    # Tokens that say what they are: Hugging Face, ModelScope, GitHub, GitLab, PyPI, npm, Docker, NVIDIA, OpenAI and the
+    # like, AWS, Slack, Google, a JWT.
+    (
+        r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{10,}|ms-[0-9a-f]{8}-[0-9a-f-]{20,}|(?:gh[pousr]_|github_pat_)\w{16,}"
+        r"|(?:glpat|pypi|nvapi|sk|pk|rk)-[\w-]{16,}|npm_[A-Za-z0-9]{16,}|dckr_pat_[\w-]{16,}"
+        r"|(?:AKIA|ASIA)[A-Z0-9]{16}\b|xox[abeoprs]-[A-Za-z0-9-]{10,}|AIza[\w-]{30,})",
+        SECRET,
+    ),
+    (r"(?<![\w-])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*", SECRET),
+    (r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}", rf"\1 {SECRET}"),
+    # name=value and name: value, where the name says that the value is a secret; and `--name value`, also in a list.
+    (rf"(?ix)(?P<name>{_SECRET_WORD}(?:\\*[\"'])?\s*[=:]\s*){_VALUE}", _value),
+    (rf"(?ix)(?P<name>(?<![\w-])--[\w-]*{_SECRET_WORD}[\"']?(?:[ \t]+|,\s*)(?!-)){_VALUE}", _value),
+    (r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+", EMAIL),
+)
+
+_PLACES: tuple[Shape, ...] = (
+    (r"(?<![\w.])/(home|Users)/(?!\[user\])[^/\s:\"'|`,;)]+", rf"/\1/{USER}"),
+    (r"(?<![\w.])/root(?=[/\s:\"'|`,;)]|$)", "~"),
+    (r"(?<=://)(?P<user>[^/\s@]*@)?(?P<host>[A-Za-z0-9.-]+)(?P<rest>:\d+)?", _url_host),
+    (
+        r"(?<![\w@/.-])[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.(?:internal|local|localdomain|lan|intranet|corp)\b",
+        HOST,
+    ),
+)
+
+_ADDRESSES: tuple[Shape, ...] = (
+    (r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.]*\d)", _address),
+    (
+        r"(?<![\w:.])(?=[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:)[0-9A-Fa-f]{1,4}(?::{1,2}[0-9A-Fa-f]{1,4}){2,7}(?![\w:])",
+        _address,
+    ),
+)

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class Phase:
     name: PhaseName
     start: float
     end: float
+    awake: bool = False  # whether the engine can generate after it
 
 
 @dataclass
@@ -125,11 +126,10 @@ def phases(events: Iterable[Event]) -> list[Phase]:
     All workers and replicas are taken as one: a step lasts from the first that begins it to the last that ends it.
     Before the first step that frees memory, the engine is awake.
     """
-    steps = sorted(_steps(events), key=lambda step: step.start)
     found: list[Phase] = []
     awake = True
     since: float | None = None
-    for step in steps:
+    for step in sorted(_steps(list(events)), key=lambda step: step.start):
         if since is not None and step.start > since:
             found.append(Phase("generate" if awake else "train", since, step.start))
         last = found[-1] if found else None
@@ -141,8 +141,7 @@ def phases(events: Iterable[Event]) -> list[Phase]:
             if step.end > start:
                 found.append(Phase(step.name, start, step.end))
         since = step.end if since is None else max(since, step.end)
-        if step.name in ("free", "init", "generate"):
-            awake = step.awake
+        awake = awake if step.name == "sync" else step.awake
     return found
 
 
@@ -246,35 +245,23 @@ def sync_numbers(events: Iterable[Event]) -> list[tuple[int, float]]:
     return list(found.items())
 
 
-@dataclass(frozen=True)
-class _Step:
-    """A step as far as phases care: `awake` is whether the engine can generate after it."""
-
-    name: PhaseName
-    start: float
-    end: float
-    awake: bool
-
-
-def _steps(events: Iterable[Event]) -> list[_Step]:
-    events = list(events)
+def _steps(events: Sequence[Event]) -> Iterator[Phase]:
+    """Yield the steps that begin or end a phase, as they were written."""
     # One sync leaves a line in each process: the outermost that wrote one spans the others.
     writers = [event["process"] for event in events if event["step"] == "sync"]
     outermost = next((process for process in ("trainer", "server", "worker") if process in writers), None)
-    found = []
     for event in events:
         step, detail, end = event["step"], event.get("detail", {}), float(event["time"])
         start = end - event["seconds"]
         if step == "decide":
-            found.append(_Step("generate", end, end, awake=True))
+            yield Phase("generate", end, end, awake=True)
         elif step in FREEING and detail.get("changed", True):
-            found.append(_Step("free", start, end, awake=False))
+            yield Phase("free", start, end)
         elif step in TAKING and detail.get("changed", True):
             tags = detail.get("tags")
-            found.append(_Step("init", start, end, awake=tags is None or "kv_cache" in tags))
+            yield Phase("init", start, end, awake=tags is None or "kv_cache" in tags)
         elif step == "sync" and event["process"] == outermost:
-            found.append(_Step("sync", start, end, awake=False))
-    return found
+            yield Phase("sync", start, end)
 
 
 def _moved(event: Event) -> int | None:

@@ -40,8 +40,12 @@ class Geometry:
     head_size: int = HEAD_SIZE
     positions: int = 512
 
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor of the checkpoint, as Qwen1.5-MoE's own has them (linear: [out, in])."""
+    def tensors(self, merged: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor of the checkpoint, as Qwen1.5-MoE's own has them (linear: [out, in]).
+
+        Args:
+            merged: as transformers 5 has them: the experts of a layer in two.
+        """
         hidden = self.hidden
         yield "model.embed_tokens.weight", (self.vocabulary, hidden)
         for layer in range(self.layers):
@@ -54,7 +58,11 @@ class Geometry:
             yield f"{prefix}.self_attn.o_proj.weight", (hidden, hidden)
             yield f"{prefix}.mlp.gate.weight", (self.experts, hidden)
             yield f"{prefix}.mlp.shared_expert_gate.weight", (1, hidden)
-            experts = [(f"experts.{expert}", self.moe_intermediate) for expert in range(self.experts)]
+            if merged:
+                yield f"{prefix}.mlp.experts.gate_up_proj", (self.experts, 2 * self.moe_intermediate, hidden)
+                yield f"{prefix}.mlp.experts.down_proj", (self.experts, hidden, self.moe_intermediate)
+            apart = range(0 if merged else self.experts)
+            experts = [(f"experts.{expert}", self.moe_intermediate) for expert in apart]
             for name, width in [*experts, ("shared_expert", self.shared_intermediate)]:
                 yield f"{prefix}.mlp.{name}.gate_proj.weight", (width, hidden)
                 yield f"{prefix}.mlp.{name}.up_proj.weight", (width, hidden)
@@ -96,21 +104,6 @@ class Geometry:
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
         }
-
-
-def merged_experts(geometry: Geometry) -> list[tuple[str, list[int]]]:
-    """Return name and shape of every tensor as transformers 5 has them: the experts of a layer in two."""
-    merged: dict[str, list[int]] = {}
-    for name, shape in geometry.tensors():
-        prefix, found, rest = name.partition(".mlp.experts.")
-        kind = rest.partition(".")[2]
-        if not found:
-            merged[name] = list(shape)
-        elif kind == "down_proj.weight":
-            merged[f"{prefix}.mlp.experts.down_proj"] = [geometry.experts, *shape]
-        else:
-            merged[f"{prefix}.mlp.experts.gate_up_proj"] = [geometry.experts, 2 * shape[0], shape[1]]
-    return list(merged.items())
 
 
 def scaled_to(size: int, layers: int = Geometry.layers, experts: int = Geometry.experts) -> Geometry:

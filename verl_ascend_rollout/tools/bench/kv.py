@@ -8,6 +8,7 @@ same sizes, allocated and touched, and let go of again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -62,9 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="ascend-safe-bench-") as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MADE_UP.config()))
         for sleep_mode in (True, False) if several else (False,):
-            decisions = decide(
-                facts, EngineRequest(enforce_eager=True, enable_sleep_mode=sleep_mode, environ=dict(os.environ))
-            )
+            decisions = decide(facts, dataclasses.replace(request, enable_sleep_mode=sleep_mode))
             asked = {
                 "model": str(model or folder),
                 "bytes": int(arguments.gib * 2**30),
@@ -103,11 +102,10 @@ def _engine(folder: str, asked: dict[str, Any], environment: dict[str, str]) -> 
     Raises:
         BenchError: it did not come to its end.
     """
-    question, answer, log = (Path(folder) / name for name in ("asked.json", "answered.json", "engine.log"))
-    question.write_text(json.dumps(asked))
+    answer, log = Path(folder) / "answered.json", Path(folder) / "engine.log"
     answer.unlink(missing_ok=True)
     log.write_bytes(b"")
-    command = [sys.executable, "-m", "verl_ascend_rollout.tools.bench.kv", str(question), str(answer)]
+    command = [sys.executable, "-m", "verl_ascend_rollout.tools.bench.kv", json.dumps(asked), str(answer)]
     ended = supervise(command, log, environment, ENGINE_SECONDS)
     if ended.signal:
         raise BenchError("stopped")
@@ -146,9 +144,8 @@ def _rows(engine: dict[str, Any]) -> list[dict[str, Any]]:
 def measure(asked: dict[str, Any]) -> dict[str, Any]:
     """Start an engine in this process, and return what `_rows` takes."""
     sleeps = asked["sleep_mode"]
-    extra = {name: asked[name] for name in ("additional_config",) if asked[name]}
-    if sleeps:
-        extra["enable_sleep_mode"] = True
+    extra = {"additional_config": asked["additional_config"], "enable_sleep_mode": sleeps}
+    extra = {name: value for name, value in extra.items() if value}
     llm = engines.start(asked["model"], asked["bytes"], max_model_len=256, max_num_batched_tokens=256, **extra)
     found = engines.call(llm, "bench_kv_methods")
     # Dropped, they would go back to sleep mode's pool, and new ones would not come from it.
@@ -175,4 +172,4 @@ def sample(rung: str, step: str, seconds: float, size: int, system: int) -> dict
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(measure(json.loads(Path(sys.argv[1]).read_text()))))
+    Path(sys.argv[2]).write_text(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -22,7 +22,7 @@ from verl_ascend_rollout.platforms.detect import detect
 from verl_ascend_rollout.tools.bench import engine as engines
 from verl_ascend_rollout.tools.bench import table
 from verl_ascend_rollout.tools.bench.table import BenchError, Column
-from verl_ascend_rollout.tools.toy_model import Geometry, merged_experts, scaled_to
+from verl_ascend_rollout.tools.toy_model import Geometry, scaled_to
 
 WIDTHS = ("hidden", "moe_intermediate", "shared_intermediate", "vocabulary")
 """Fields of `Geometry` that the command line may set."""
@@ -111,18 +111,17 @@ def measure(geometry: Geometry, repeats: int) -> tuple[list[dict[str, Any]], dic
         def call(method: str, *arguments: Any) -> Any:
             return engines.call(engine, method, *arguments)
 
-        made = call("bench_prepare", merged_experts(geometry))
+        made = call("bench_prepare", list(geometry.tensors(merged=True)))
         # In the order in which the rows are shown; those of verl and vLLM come last, since they leave the engine wrong.
-        measured: dict[str, Any] = {"plain_copy": call("bench_plain_copy", repeats), "verl": {}, "vllm_reload": {}}
+        plain = call("bench_load", "plain_copy", repeats)
+        measured: dict[str, Any] = {"plain_copy": plain, "verl": {}, "vllm_reload": {}}
         for kind, merged in (("", False), ("_merged", True)):
-            call("bench_send", merged)
-            measured[f"ours_first{kind}"] = call("bench_ours_first", repeats)
-            always = call("bench_ours_later", repeats, "always")
-            measured[f"ours_later{kind}"] = call("bench_ours_later", repeats, "first")
+            measured[f"ours_first{kind}"] = call("bench_load", "ours_first", repeats, merged)
+            always = call("bench_load", "ours_later", repeats, merged, "always")
+            measured[f"ours_later{kind}"] = call("bench_load", "ours_later", repeats, merged)
         ours = _answer(engine)
-        call("bench_send", False)
         for path, times in (("vllm_reload", repeats), ("verl", 1)):
-            found = measured[path] = call(f"bench_{path}", times)
+            found = measured[path] = call("bench_load", path, times)
             if found["error"] is None and _answer(engine) != ours:
                 found["error"] = "none was raised, and the engine answers differently than after our sync"
     rows = [row(path, found, made["bytes"]) for path, found in measured.items()]

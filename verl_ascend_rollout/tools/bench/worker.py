@@ -49,7 +49,6 @@ class BenchWorker(AscendSafeLifecycle):
             for name, tensor in self._bench_merged
             for part in merged_experts.parts(name, tensor, config) or [(name, tensor)]
         ]
-        self._bench_weights = self._bench_apart
         self._bench_targets = [torch.zeros_like(tensor) for _, tensor in self._bench_merged]
         return {
             "bytes": sum(tensor.nbytes for _, tensor in self._bench_merged),
@@ -58,38 +57,19 @@ class BenchWorker(AscendSafeLifecycle):
             "device": "cpu" if self._bench_module is None else str(self._bench_module.get_device_name()),
         }
 
-    def bench_send(self, merged: bool) -> None:
-        """Send experts merged, or one tensor each, from now on."""
+    def bench_load(self, path: str, repeats: int, merged: bool = False, verify: str = "first") -> dict[str, Any]:
+        """Load the weights again and again, and return what that cost, and how many tensors and copies ours took.
+
+        Args:
+            path: the name of a method below, which says what it does.
+            repeats: how often.
+            merged: send experts merged, and not one tensor each.
+            verify: which of our syncs look at the values.
+        """
         self._bench_weights = self._bench_merged if merged else self._bench_apart
-
-    def bench_plain_copy(self, repeats: int) -> dict[str, Any]:
-        """Copy the same bytes, in few large tensors, into memory that has been used before."""
-        return self._bench_measure(self._bench_copy, repeats)
-
-    def bench_ours_first(self, repeats: int) -> dict[str, Any]:
-        """Sync without a plan: through the model's own loader."""
-
-        def first() -> None:
-            self._ascend_safe_plan = Plan()
-            self._bench_sync()
-
-        self._ascend_safe_verify = "first"
-        return {**self._bench_measure(first, repeats), **self._bench_counts}
-
-    def bench_ours_later(self, repeats: int, verify: str) -> dict[str, Any]:
-        """Sync along the plan that an earlier sync left."""
         self._ascend_safe_verify = verify
-        return {**self._bench_measure(self._bench_sync, repeats), **self._bench_counts}
-
-    def bench_vllm_reload(self, repeats: int) -> dict[str, Any]:
-        """Call vLLM's own `reload_weights`, fed with the same tensors."""
-        return self._bench_measure(
-            lambda: self.model_runner.reload_weights(weights_iterator=self._bench_stream()), repeats
-        )
-
-    def bench_verl(self, repeats: int) -> dict[str, Any]:
-        """Load by verl's own sequence."""
-        return self._bench_measure(lambda: verl_sequence.load(self.model_runner, self._bench_stream()), repeats)
+        self._bench_counts: dict[str, int] = {}
+        return {**self._bench_measure(getattr(self, f"_bench_{path}"), repeats), **self._bench_counts}
 
     def bench_kv_methods(self) -> dict[str, Any]:
         """Return the methods that work here, the one that is chosen, and why others do not work."""
@@ -151,9 +131,28 @@ class BenchWorker(AscendSafeLifecycle):
     def _bench_stream(self) -> Iterator[tuple[str, torch.Tensor]]:
         return iter(self._bench_weights)
 
-    def _bench_sync(self) -> None:
+    def _bench_plain_copy(self) -> None:
+        """Copy the same bytes, in few large tensors, into memory that has been used before."""
+        for target, (_, tensor) in zip(self._bench_targets, self._bench_merged, strict=True):
+            target.copy_(tensor)
+
+    def _bench_ours_first(self) -> None:
+        """Sync without a plan: through the model's own loader."""
+        self._ascend_safe_plan = Plan()
+        self._bench_ours_later()
+
+    def _bench_ours_later(self) -> None:
+        """Sync along the plan that an earlier sync left."""
         done = self._ascend_safe_reload(lambda load: load(self._bench_stream()))
         self._bench_counts = {"tensors": done["tensors"], "copies": done["copies"]}
+
+    def _bench_vllm_reload(self) -> None:
+        """Call vLLM's own `reload_weights`, fed with the same tensors."""
+        self.model_runner.reload_weights(weights_iterator=self._bench_stream())
+
+    def _bench_verl(self) -> None:
+        """Load by verl's own sequence."""
+        verl_sequence.load(self.model_runner, self._bench_stream())
 
     def _bench_measure(self, run: Callable[[], None], repeats: int) -> dict[str, Any]:
         """Return the median of the seconds, each run right after a plain copy; the median of its ratio to that copy,
@@ -161,7 +160,7 @@ class BenchWorker(AscendSafeLifecycle):
         run, since what is done to see it makes a run slower."""
         found: dict[str, Any] = dict.fromkeys(("seconds", "ratio", "peak_extra_bytes", "error"))
         try:
-            pairs = [(self._bench_time(self._bench_copy), self._bench_time(run)) for _ in range(repeats)]
+            pairs = [(self._bench_time(self._bench_plain_copy), self._bench_time(run)) for _ in range(repeats)]
             before = self._bench_reset_peak()
             self._bench_time(run)
             after = self._bench_peak()
@@ -172,10 +171,6 @@ class BenchWorker(AscendSafeLifecycle):
         if before is not None and after is not None:
             found["peak_extra_bytes"] = after - before
         return found
-
-    def _bench_copy(self) -> None:
-        for target, (_, tensor) in zip(self._bench_targets, self._bench_merged, strict=True):
-            target.copy_(tensor)
 
     def _bench_time(self, run: Callable[[], None]) -> float:
         started = time.perf_counter()

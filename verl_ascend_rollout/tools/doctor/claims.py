@@ -28,9 +28,8 @@ class Claim:
     why: str  # what we do with it
     lost: str  # what happens without it, as the end of a sentence
     places: tuple[Place, ...]  # where it may be; one is enough
-    risk: Risk = "high"  # of going on without it
+    risk: Risk = "high"  # of going on without it; `low`: we ask for it first, and have another way
     only: tuple[PlatformName, ...] = ()  # the platforms on which we use it; empty for all
-    optional: bool = False  # we ask for it first, and have another way: without it there is a warning at most
     generations: tuple[Generation, ...] = ()  # those of verl that need it; empty for all
     words: tuple[str, ...] = ()  # by which our own source may name it
 
@@ -96,7 +95,7 @@ VLLM: tuple[Claim, ...] = (
         Defines(ATTENTION, "Attention.impl"), Defines(OLD_ATTENTION, "Attention.impl")),
     _claim("vllm.kv-zero-meta", KV, "the block zeroer has the addresses of the KV tensors",
         "there is no block zeroer to refresh in this release",
-        Defines(RUNNER, "GPUModelRunner._init_kv_zero_meta"), risk="low", optional=True),
+        Defines(RUNNER, "GPUModelRunner._init_kv_zero_meta"), risk="low"),
     _claim("vllm.sleep", KV, SLEEP, NO_SLEEP, Defines(WORKER, "Worker.sleep", ("level",)), only=("cuda",)),
     _claim("vllm.wake-up-by-tags", KV, TAGS, NO_TAGS, Defines(WORKER, "Worker.wake_up", ("tags",)), only=("cuda",)),
     _claim("vllm.enforce-eager", KV, "whether captured graphs may hold KV addresses", NO_DIRECT,
@@ -158,17 +157,16 @@ ASCEND: tuple[Claim, ...] = (
 )
 # fmt: on
 
+# The top package is no module.
 VERL: tuple[Claim, ...] = tuple(
     Claim(
         f"verl.{symbol.key}",
         symbol.used_by,
         symbol.why,
         symbol.lost,
-        # The top package is no module.
         (Defines(files(symbol.module)["." not in symbol.module], symbol.name, symbol.parameters, symbol.expression),),
         "high" if symbol.required else "low",
         symbol.only,
-        not symbol.required,
         symbol.generations,
         symbol.words,
     )
@@ -205,7 +203,7 @@ def _check(sources: Sources, platform: PlatformName, claim: Claim) -> Check:
     if claim.only and platform not in claim.only:
         return answer("skip", f"not there ({looked}), and used on {' and '.join(claim.only)} only", ours)
     missing = Evidence(claim.places[0].file, f"not found: {looked}")
-    if claim.optional:
+    if claim.risk == "low":
         return answer("pass", f"{claim.lost}; it is asked for before it is used", missing, ours)
     advice = "use a release that docs/stacks.md lists with this claim, or a newer verl-ascend-rollout"
     return answer("fail", f"not there: {looked}; {claim.lost}", missing, ours, advice=advice)

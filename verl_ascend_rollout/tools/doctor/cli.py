@@ -17,6 +17,9 @@ from verl_ascend_rollout.tools.doctor import wheels
 from verl_ascend_rollout.tools.redaction import redact
 from verl_ascend_rollout.tools.report import Report, ReportError
 
+NEEDED = ("fail", "warn", "unknown")
+"""The verdicts that need a look."""
+
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command to argparse's sub-parsers."""
@@ -99,15 +102,12 @@ def run(arguments: argparse.Namespace) -> int:
 def show(report: Report, every: bool = False) -> None:
     """Print what needs a look, or every check; the block for an issue; and the verdict; redacted."""
     clean, out = report.redacted(), terminal.console()
-    needed = ("fail", "warn", "unknown")
-    shown = [check for check in clean.checks if every or check.verdict in needed]
+    shown = [check for check in clean.checks if every or check.verdict in NEEDED]
     out.print(f"{clean.title}: {clean.verdict_line()}")
     if shown:
         out.print()
-    order = reports.WORST_FIRST
-    terminal.checks(
-        out, sorted(shown, key=lambda check: order.index(check.verdict)), details=order if every else needed
-    )
+    shown.sort(key=lambda check: reports.WORST_FIRST.index(check.verdict))
+    terminal.checks(out, shown, details=reports.WORST_FIRST if every else NEEDED)
     if hidden := len(clean.checks) - len(shown):
         out.print("", f"{hidden} more passed or do not apply: --all shows them.", sep="\n")
     out.print("", "To paste into an issue (redacted; look it over all the same):", "", sep="\n")
@@ -125,7 +125,7 @@ def _block(report: Report) -> Iterator[str]:
             value = ", ".join(f"{key}{between}{item}" for key, item in value.items())
         yield f"{name}: {'not known' if value is None else value}"
     for check in report.checks:
-        if check.verdict in ("fail", "warn", "unknown"):
+        if check.verdict in NEEDED:
             yield f"{check.verdict}: {check.name}: {check.summary}"
     yield report.verdict_line()
     yield "```"

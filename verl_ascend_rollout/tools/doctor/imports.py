@@ -32,40 +32,30 @@ class Imported(NamedTuple):
 
     where: str  # file and line in verl
     module: str
-    name: str  # empty for a module as a whole
+    name: str = ""  # empty for a module as a whole
+
+    def __str__(self) -> str:
+        return f"from {self.module} import {self.name}" if self.name else f"import {self.module}"
 
 
 def check_imports(sources: Sources, platform: PlatformName, versions: Mapping[str, str]) -> Iterator[Check]:
     """Whether a rollout's imports would end in an ImportError."""
     if not (sources.has("verl") and sources.has("vllm")):
         return
-    wanted = [found for file in MODULES for found in _at_the_top(sources, file)]
+    wanted = [found for file in MODULES if (tree := sources.tree(file)) for found in _imports(tree.body, file)]
     if platform == "npu":
         wanted += [found for file, function in ON_NPU for found in _in_function(sources, file, function, set())]
-    missing = [(one, why) for one in wanted for why in [_missing(sources, one)] if why is not None]
+    missing = [(one, why) for one in wanted if (why := _missing(sources, one)) is not None]
     _, vllm = vllm_distribution(versions.get) or ("", "")
     pair = f"verl {versions.get('verl', '')} and vLLM {vllm}"
     if not missing:
         yield passed("stack.imports", f"{len(wanted)} names that verl imports from vLLM are there", confidence="read")
         return
-    one, _ = missing[0]
-    summary = f"{pair} do not go together: a rollout ends in ImportError at {one.where}, {_statement(one)}"
+    first, _ = missing[0]
+    summary = f"{pair} do not go together: a rollout ends in ImportError at {first.where}, {first}"
     advice = "install releases that go together: docs/stacks.md has those that were looked at"
-    evidence = [
-        evidence
-        for one, why in missing
-        for evidence in (Evidence(one.where, _statement(one)), Evidence(*why.split(": ", 1)))
-    ]
+    evidence = [evidence for one, why in missing for evidence in (Evidence(one.where, str(one)), why)]
     yield failed("stack.imports", summary, advice, *evidence, confidence="read")
-
-
-def _statement(one: Imported) -> str:
-    return f"from {one.module} import {one.name}" if one.name else f"import {one.module}"
-
-
-def _at_the_top(sources: Sources, file: str) -> Iterator[Imported]:
-    tree = sources.tree(file)
-    yield from _imports(tree.body if tree else [], file)
 
 
 def _in_function(sources: Sources, file: str, function: str, seen: set[str]) -> Iterator[Imported]:
@@ -91,28 +81,27 @@ def _imports(statements: list[ast.stmt], file: str) -> Iterator[Imported]:
         elif isinstance(statement, ast.Import):
             for alias in statement.names:
                 if _is_vllm(alias.name):
-                    yield Imported(where, alias.name, "")
+                    yield Imported(where, alias.name)
 
 
 def _is_vllm(module: str) -> bool:
     return module.partition(".")[0] == "vllm"
 
 
-def _missing(sources: Sources, one: Imported) -> str | None:
-    """`file: what is not in it`, or `None` where it is there, or may be (a module that answers for itself)."""
+def _missing(sources: Sources, one: Imported) -> Evidence | None:
+    """Return what is not there; `None` where it is, or may be (a module that answers for itself)."""
     file = _file(sources, one.module)
     if file is None:
-        return f"{one.module.replace('.', '/')}: is not there"
+        return Evidence(one.module.replace(".", "/"), "is not there")
     if not one.name or one.name == "*" or _file(sources, f"{one.module}.{one.name}") is not None:
         return None
     name = re.escape(one.name)
     if re.search(rf"^(?:class|def|async def) +{name}\b|^{name}\b[^=(\n]*=", sources.read(file) or "", re.MULTILINE):
         return None  # without parsing all of it
     tree = sources.tree(file)
-    names = set(_bound(tree)) if tree else {one.name}
-    if names & {one.name, "*", "__getattr__"}:
+    if tree is None or {one.name, "*", "__getattr__"}.intersection(_bound(tree)):
         return None
-    return f"{file}: has no {one.name}"
+    return Evidence(file, f"has no {one.name}")
 
 
 def _file(sources: Sources, module: str) -> str | None:

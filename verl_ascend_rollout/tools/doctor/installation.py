@@ -11,11 +11,9 @@ from pathlib import Path
 
 from verl_ascend_rollout import import_fix
 from verl_ascend_rollout.platforms.installed import (
-    OURS,
     PACKAGES,
     Found,
     Search,
-    checkout_of,
     home_of,
     pth_entries,
     same,
@@ -158,15 +156,8 @@ def _hidden_copy(search: Search, package: str, found: Found, installed: metadata
 
 def _editables(search: Search) -> Check:
     """Editable installs, and the ones whose checkout is gone."""
-    targets: list[tuple[str, Path, str]] = []
-    for name in (*(name for distributions in PACKAGES.values() for name in distributions), OURS):
-        distribution = search.distribution(name)
-        checkout = checkout_of(distribution) if distribution else None
-        if checkout is not None:
-            targets.append((name, checkout, "direct_url.json"))
-    for module, (target, finder) in search.editable_modules.items():
-        if module in PACKAGES:
-            targets.append((module, target, finder))
+    targets = [(name, checkout, "direct_url.json") for name, checkout in search.checkouts.items()]
+    targets += [(module, *found) for module, found in search.editable_modules.items() if module in PACKAGES]
     targets += [one for one in pth_entries(search.paths) if not one[1].exists()]
     gone = [(name, Evidence(where, f"{name} -> {to}, which is gone")) for name, to, where in targets if not to.exists()]
     if gone:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from verl_ascend_rollout.platforms.base import ROOT
 from verl_ascend_rollout.tools.doctor.checks import failed, passed, tried, unknown, warned
+from verl_ascend_rollout.tools.doctor.source import text_of
 from verl_ascend_rollout.tools.report import Check, Evidence
 
 PATTERNS = {
@@ -31,15 +31,8 @@ DRIVER = {"libascend_hal.so", "libdrvdsmi_host.so", "libc_sec.so", "libdcmi.so",
 """Libraries that come with the driver, not with CANN or CUDA."""
 
 
-class Needs(NamedTuple):
-    """What one ELF file asks the loader for."""
-
-    libraries: list[str]
-    run_path: list[str]
-
-
-def read_needs(file: Path) -> Needs | None:
-    """NEEDED and RPATH or RUNPATH of an ELF file; `None` where it is none.
+def read_needs(file: Path) -> tuple[list[str], list[str]] | None:
+    """Return what an ELF file asks the loader for: NEEDED, and RPATH or RUNPATH; `None` where it is none.
 
     Raises:
         ImportError: pyelftools is not installed.
@@ -48,19 +41,20 @@ def read_needs(file: Path) -> Needs | None:
     from elftools.elf.dynamic import DynamicSection
     from elftools.elf.elffile import ELFFile
 
-    found = Needs([], [])
+    libraries: list[str] = []
+    run_path: list[str] = []
     try:
         with file.open("rb") as stream:
             section = ELFFile(stream).get_section_by_name(".dynamic")
             for tag in section.iter_tags() if isinstance(section, DynamicSection) else ():
                 if tag.entry.d_tag == "DT_NEEDED":
-                    found.libraries.append(str(tag.needed))
+                    libraries.append(str(tag.needed))
                 elif tag.entry.d_tag in ("DT_RUNPATH", "DT_RPATH"):
                     path = tag.runpath if tag.entry.d_tag == "DT_RUNPATH" else tag.rpath
-                    found.run_path.extend(part for part in str(path).split(":") if part)
+                    run_path += filter(None, str(path).split(":"))
     except (OSError, ELFError, ValueError, KeyError):
         return None
-    return found
+    return libraries, run_path
 
 
 def check_libraries(folders: Mapping[str, Path], environ: Mapping[str, str]) -> Iterator[Check]:
@@ -93,9 +87,10 @@ def _check(
                 summary = f"{file.name} of {package} is no readable ELF file: the installation is damaged"
                 advice = f"install {package.replace('_', '-')} again"
                 return failed(name, summary, advice, Evidence(_shown(file, folder), "not an ELF file"))
-            own = [str(file.parent).join(re.split(r"\$ORIGIN|\$\{ORIGIN\}", path)) for path in needs.run_path]
+            libraries, run_path = needs
+            own = [str(file.parent).join(re.split(r"\$ORIGIN|\$\{ORIGIN\}", path)) for path in run_path]
             places = [*map(Path, own), *map(Path, listed), *system, *loaded, file.parent, folder / "lib"]
-            for library in needs.libraries:
+            for library in libraries:
                 if library.startswith(("libtorch", "libc10")) and not there:
                     continue  # torch itself is damaged or gone, which is said elsewhere
                 if not any((place / library).exists() for place in places):
@@ -134,20 +129,12 @@ def _advice(package: str, missing: set[str]) -> str:
 def _system() -> Iterator[Path]:
     """Yield the folders of the loader's configuration, then its defaults, with the multi-architecture ones below."""
     configuration = [ROOT / "etc/ld.so.conf", *sorted((ROOT / "etc/ld.so.conf.d").glob("*.conf"))]
-    for file in configuration:
-        for line in _lines(file):
-            if line.startswith("/"):
-                yield ROOT / line.lstrip("/")
+    for line in "\n".join(map(text_of, configuration)).splitlines():
+        if line.strip().startswith("/"):
+            yield ROOT / line.strip().lstrip("/")
     for place in DEFAULT:
         yield ROOT / place
         yield from sorted((ROOT / place).glob("*-linux-gnu"))
-
-
-def _lines(file: Path) -> Iterable[str]:
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
-    except OSError:
-        return ()
 
 
 def _shown(file: Path, folder: Path) -> str:

@@ -1,14 +1,14 @@
 """Reading the source of a package that is not imported: where a class, a method, a parameter or an attribute is.
 
-The source is that of an installed package (`Folders`), or of a wheel that was never installed (see `wheels`).  A file
-is given by its path below site-packages, `vllm/v1/worker/gpu_worker.py`, and that is also how evidence names it.
+The source is that of an installed package, or of a wheel that was never installed (see `wheels`).  A file is given by
+its path below site-packages, `vllm/v1/worker/gpu_worker.py`, and that is also how evidence names it.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
-from abc import ABC, abstractmethod
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +19,25 @@ from verl_ascend_rollout.tools.report import Evidence
 OURS = "verl_ascend_rollout"
 
 
-class Sources(ABC):
-    """Where files are read from; each is parsed once."""
+class Sources:
+    """The source of some top-level packages, each in a folder or in a wheel; a file is parsed once."""
 
-    def __init__(self) -> None:
+    def __init__(self, packages: Mapping[str, Path | zipfile.Path]) -> None:
+        """Take the folder of each package, by its name."""
+        self._packages = packages
         self._trees: dict[str, ast.Module | None] = {}
 
-    @abstractmethod
     def has(self, package: str) -> bool:
         """Whether the top-level package is there."""
+        return package in self._packages
 
-    @abstractmethod
     def read(self, file: str) -> str | None:
         """Return the text of a file; `None` where there is none."""
+        package, _, rest = file.partition("/")
+        try:
+            return self._packages[package].joinpath(rest).read_text(encoding="utf-8")
+        except (KeyError, OSError, zipfile.BadZipFile, UnicodeDecodeError):
+            return None
 
     def tree(self, file: str) -> ast.Module | None:
         """Return the file parsed; `None` where there is none, or it is no Python of this version."""
@@ -44,26 +50,12 @@ class Sources(ABC):
         return self._trees[file]
 
 
-class Folders(Sources):
-    """The source of installed packages."""
-
-    def __init__(self, packages: Mapping[str, Path]) -> None:
-        """Take the folder of each top-level package, by its name."""
-        super().__init__()
-        self._packages = packages
-
-    def has(self, package: str) -> bool:
-        return package in self._packages
-
-    def read(self, file: str) -> str | None:
-        package, _, rest = file.partition("/")
-        folder = self._packages.get(package)
-        if folder is None:
-            return None
-        try:
-            return (folder / rest).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return None
+def text_of(file: Path) -> str:
+    """Return the text of a file of the system; nothing where it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -127,9 +119,9 @@ def first(places: Iterable[Place], sources: Sources) -> Evidence | None:
 
 
 @functools.cache
-def our_source() -> Folders:
+def our_source() -> Sources:
     """Our own source, for evidence about what we do."""
-    return Folders({OURS: Path(__file__).resolve().parents[2]})
+    return Sources({OURS: Path(__file__).resolve().parents[2]})
 
 
 def _words(node: ast.AST) -> Iterator[tuple[int, str, bool]]:

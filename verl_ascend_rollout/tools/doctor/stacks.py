@@ -5,7 +5,8 @@ Three rules, each with its source, then a table of the combinations that the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -76,12 +77,12 @@ def check_stack(
 
 def _own_requirements(versions: Mapping[str, str], requirements: Mapping[str, tuple[str, ...]]) -> Check:
     """Return what the distributions' metadata says of each other."""
-    problems: list[tuple[Verdict, Evidence]] = []
-    kept = 0
+    problems: dict[Verdict, list[Evidence]] = {"fail": [], "warn": []}
+    kept, found = 0, []
     for name, texts in requirements.items():
-        for requirement in map(_parsed, texts) if name in versions else ():
-            target = canonicalize_name(requirement.name) if requirement else ""
-            if requirement is None or target not in versions or target == name or not requirement.specifier:
+        for requirement in _parsed(texts) if name in versions else ():
+            target = canonicalize_name(requirement.name)
+            if target not in versions or target == name or not requirement.specifier:
                 continue
             if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
                 continue
@@ -92,24 +93,21 @@ def _own_requirements(versions: Mapping[str, str], requirements: Mapping[str, tu
                 kept += 1
                 continue
             what = f"requires {target}{requirement.specifier}, and {versions[target]} is installed"
-            severity = _severity(target, versions[target], requirement)
-            problems.append((severity, Evidence(f"{name} {versions[name]}, METADATA", what)))
-    if not problems:
+            found.append(Evidence(f"{name} {versions[name]}, METADATA", what))
+            problems[_severity(target, versions[target], requirement)].append(found[-1])
+    if not found:
         return passed("stack.metadata", f"{kept} requirements among the distributions are met")
-    verdict: Verdict = "fail" if any(severity == "fail" for severity, _ in problems) else "warn"
-    worst = [f"{one.where.removesuffix(', METADATA')} {one.what}" for severity, one in problems if severity == verdict]
-    answer = failed if verdict == "fail" else warned
+    answer, worst = (failed, problems["fail"]) if problems["fail"] else (warned, problems["warn"])
     advice = "install the release that is asked for; `ascend-safe doctor --for` reads a stack before it is installed"
-    evidence = [one for _, one in problems]
-    summary = f"versions that do not match: {'; '.join(worst)}"
-    return answer("stack.metadata", summary, advice, *evidence, confidence="read")
+    named = [f"{one.where.removesuffix(', METADATA')} {one.what}" for one in worst]
+    summary = f"versions that do not match: {'; '.join(named)}"
+    return answer("stack.metadata", summary, advice, *found, confidence="read")
 
 
-def _parsed(text: str) -> Requirement | None:
-    try:
-        return Requirement(text)
-    except InvalidRequirement:
-        return None
+def _parsed(texts: Iterable[str]) -> Iterator[Requirement]:
+    for text in texts:
+        with contextlib.suppress(InvalidRequirement):
+            yield Requirement(text)
 
 
 def _severity(target: str, version: str, requirement: Requirement) -> Verdict:
@@ -124,14 +122,12 @@ def _severity(target: str, version: str, requirement: Requirement) -> Verdict:
 def _pair(name: str, version: str, how: str, partner: str, other: str | None, rule: Evidence) -> Check:
     """Return whether a release stands beside the one of the same number that it is made for."""
     check, wanted = f"stack.{name}", ".".join(map(str, _release(version) or ())) or version
-    if other is None:
-        return failed(
-            check, f"{name} {version} has no {partner}", f"install {partner} {wanted}", rule, confidence="read"
-        )
-    if _release(version) == _release(other):
+    if other is not None and _release(version) == _release(other):
         return passed(check, f"{name} {version} and {partner} {other} are a pair", rule, confidence="read")
-    summary = f"{name} {version} is {how} for {partner} {wanted}, not for {other}"
-    advice = f"install {partner} {wanted}, or the {name} for {partner} {other}"
+    summary, advice = f"{name} {version} has no {partner}", f"install {partner} {wanted}"
+    if other is not None:
+        summary = f"{name} {version} is {how} for {partner} {wanted}, not for {other}"
+        advice += f", or the {name} for {partner} {other}"
     return failed(check, summary, advice, rule, confidence="read")
 
 
@@ -146,13 +142,9 @@ def _verl(verl: str, vllm: str | None, ascend: bool) -> Check:
 
 def _tested(versions: Mapping[str, str], planned: bool) -> Check:
     """Return the combinations that a project names, nearest first: what it names of this one, and nothing beyond."""
-    have = {
-        "verl": versions.get("verl", ""),
-        "vllm": (vllm_distribution(versions.get) or ("", ""))[1],
-        "vllm_ascend": versions.get("vllm-ascend", ""),
-        "torch": "" if planned else versions.get("torch", ""),
-        "torch_npu": "" if planned else versions.get("torch-npu", ""),
-    }
+    parts = ("verl", "vllm", "vllm_ascend", *(() if planned else ("torch", "torch_npu")))
+    have = {part: versions.get(part.replace("_", "-"), "") for part in parts}
+    have["vllm"] = (vllm_distribution(versions.get) or ("", ""))[1]
     for stack in KNOWN:
         said = {part: version for part, version in have.items() if version and getattr(stack, part)}
         same = all(_release(getattr(stack, part)) == _release(version) for part, version in said.items())

@@ -57,32 +57,21 @@ class Wheels(Sources):
         Raises:
             WheelError: one of them is no zip file.
         """
-        super().__init__()
         self.wheels = tuple(wheels)
-        self._archives: list[zipfile.ZipFile] = []
-        self._members: dict[str, zipfile.ZipFile] = {}
+        self._opened: list[zipfile.Path] = []
+        packages: dict[str, Path | zipfile.Path] = {}
         for wheel in self.wheels:
             try:
-                archive = zipfile.ZipFile(wheel.path)
+                opened = zipfile.Path(wheel.path)
             except (OSError, zipfile.BadZipFile) as error:
                 raise WheelError(
                     f"{wheel.path} cannot be read: {error}; delete it to have it downloaded again"
                 ) from None
-            self._archives.append(archive)
-            for name in archive.namelist():
-                self._members.setdefault(name, archive)
-
-    def has(self, package: str) -> bool:
-        return f"{package}/__init__.py" in self._members
-
-    def read(self, file: str) -> str | None:
-        archive = self._members.get(file)
-        if archive is None:
-            return None
-        try:
-            return archive.read(file).decode("utf-8")
-        except (OSError, zipfile.BadZipFile, UnicodeDecodeError):
-            return None
+            self._opened.append(opened)
+            for folder in opened.iterdir():
+                if (folder / "__init__.py").is_file():
+                    packages.setdefault(folder.name, folder)
+        super().__init__(packages)
 
     def versions(self) -> dict[str, str]:
         """Version by name of each distribution."""
@@ -90,18 +79,16 @@ class Wheels(Sources):
 
     def requirements(self) -> dict[str, tuple[str, ...]]:
         """Return what each distribution requires, by its name, as its metadata has it."""
-        found = {}
-        for wheel, archive in zip(self.wheels, self._archives, strict=True):
-            folders = {name.partition("/")[0] for name in archive.namelist()}
-            info = next((name for name in folders if name.endswith(".dist-info")), None)
-            requires = metadata.PathDistribution(zipfile.Path(archive, f"{info}/")).requires if info else None
-            found[wheel.name] = tuple(requires or ())
+        found: dict[str, tuple[str, ...]] = {}
+        for wheel in self.wheels:
+            for distribution in metadata.distributions(path=[str(wheel.path)]):
+                found[wheel.name] = tuple(distribution.requires or ())
         return found
 
     def close(self) -> None:
         """Close the files."""
-        for archive in self._archives:
-            archive.close()
+        for opened in self._opened:
+            opened.root.close()
 
 
 def parse_stack(text: str) -> dict[str, str]:
@@ -197,14 +184,12 @@ def _download(name: str, version: str, folder: Path) -> None:
         ) from None
     last = ""
     shown = sys.stderr.isatty()  # then with pip's own bar
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), f"{name}=={version}", *([] if shown else ["--quiet"])]
     for python in PYTHONS:
-        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]
-        command += [] if shown else ["--quiet"]
-        command += ["--only-binary=:all:", "--dest", str(folder), f"{name}=={version}"]
-        command += ["--python-version", python] if python else []
         try:
             answer = subprocess.run(
-                command,
+                [*command, *(["--python-version", python] if python else [])],
                 stdout=sys.stderr if shown else subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
