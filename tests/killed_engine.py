@@ -58,7 +58,7 @@ class Job:
             time.sleep(0.02)
 
     def part(self, name: str) -> psutil.Process:
-        """`EngineCore`, `worker`, or what else a process's title begins with; the youngest."""
+        """`EngineCore`, `worker`, or what else a process's title has in it; the youngest."""
         found = []
         for process in processes(self.out):
             with contextlib.suppress(psutil.Error):

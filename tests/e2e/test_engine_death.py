@@ -57,9 +57,7 @@ def test_a_job_of_an_older_verl_ends_with_one_sentence(tmp_path: Path, stack: st
     ends_with_one_sentence(tmp_path / "run", "EngineCore", "generate", str(python))
 
 
-@pytest.mark.parametrize(
-    "title", ["ray::AgentLoopWorkerTQ", pytest.param("ray::RewardLoopWorker", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("title", ["AgentLoopWorkerTQ", pytest.param("RewardLoopWorker", marks=pytest.mark.long)])
 def test_a_job_whose_prompts_nobody_runs_any_more_ends_with_one_sentence(tmp_path: Path, title: str) -> None:
     """As Ray kills such a worker where memory runs out; verl's V1 trainer then waits for ever."""
     with job(tmp_path / "run", PYTHON=sys.executable, STEPS="4") as running:
@@ -71,7 +69,7 @@ def test_a_job_whose_prompts_nobody_runs_any_more_ends_with_one_sentence(tmp_pat
         left = processes(running.out)
     print(f"\n{title}: exit code {code} after {seconds:.1f} s; {lines[-1]}")
     assert code == 1
-    assert re.match(rf"ascend_safe: {title[5:]} \(process \d+ on \S+\) of this job died, .*Worker exit type", lines[-1])
+    assert re.match(rf"ascend_safe: {title} \(process \d+ on \S+\) of this job died, .*Worker exit type", lines[-1])
     assert seconds < SECONDS
     assert not left
 
