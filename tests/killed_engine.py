@@ -58,12 +58,17 @@ class Job:
             time.sleep(0.02)
 
     def part(self, name: str) -> psutil.Process:
-        """`EngineCore`, `worker`, or what else a process's title has in it; the youngest."""
-        found = []
-        for process in processes(self.out):
-            with contextlib.suppress(psutil.Error):
-                if TITLES.get(name, name) in " ".join(process.cmdline()):
-                    found.append(process)
+        """`EngineCore`, `worker`, or what else a process's title has in it, as soon as there is one; the youngest."""
+        found: list[psutil.Process] = []
+
+        def look() -> list[psutil.Process]:
+            for process in processes(self.out):
+                with contextlib.suppress(psutil.Error):
+                    if TITLES.get(name, name) in " ".join(process.cmdline()):
+                        found.append(process)
+            return found
+
+        self.wait_for(look, seconds=60)
         return max(found, key=lambda process: process.create_time())
 
     def kill_at_random(self, kills: int, steps: int, source: random.Random) -> list[tuple[float, str]]:

@@ -154,7 +154,7 @@ def _death_of_worker(answer: Any) -> WorkerDiedError | None:
         said = str(error)
         facts = dict(re.findall(r"^\s*(class_name|pid|ip): (\S+)", said, re.MULTILINE))
         who = f"{facts['class_name']} (process {facts.get('pid')} on {facts.get('ip')})" if facts else "A worker"
-        why = re.search(r"Worker exit type: [^.]*|The actor is dead because [^.]*", said)
+        why = re.search(r"Worker exit type: [^.]*", said)
         return WorkerDiedError(
             f"{who} of this job died, and the trainer would wait for it for ever: "
             f"{why[0].strip() if why else _first_line(error)}"
