@@ -216,7 +216,7 @@ def load(path: str | os.PathLike[str]) -> Log:
 
 
 def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """Yield a file's lines, one by one: what is no file of events may be a checkpoint of any size, without a line end."""
+    """Yield the lines of a file; what is no file of events may be a checkpoint without a line end, of any size."""
     give = "give the file that engine_kwargs.ascend_safe.events named in the job"
     try:
         with Path(path).open("rb") as file:
