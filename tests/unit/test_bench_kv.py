@@ -78,7 +78,7 @@ def test_rows_go_to_the_screen_and_to_json_with_their_ratio_to_the_floor(
         (["--model", "/nowhere"], 1, "/nowhere has no config.json"),
         (["--gib", "0"], 2, "'0' is no size in GiB"),
         (["--repeats", "0"], 2, "'0' is no whole number"),
-        (["--json", "/nowhere/kv.json"], 1, "/nowhere/kv.json cannot be written"),
+        (["--json", "/dev/null/kv.json"], 1, "/dev/null/kv.json cannot be written"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(

@@ -244,6 +244,7 @@ def test_every_command_is_one_that_there_is(page: str, command: str) -> None:
     words = shlex.split(command)
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
+    words = words[: words.index(">")] if ">" in words else words
     program, rest = words[0], words[1:]
     if program.endswith("/ascend-safe"):
         program = "ascend-safe"

@@ -51,7 +51,8 @@ def check(arguments: argparse.Namespace) -> None:
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None:
             file = Path(path)
-            if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+            there = not file.is_dir() if file.exists() else file.parent.is_dir()
+            if not there or not os.access(file if file.exists() else file.parent, os.W_OK):
                 raise BenchError(f"{option} {path} cannot be written: give a file in a folder that is there")
     if arguments.plot is not None:
         picture.check(arguments.plot, "--plot", BenchError)
