@@ -79,6 +79,22 @@ def test_a_reader_that_has_gone_is_no_traceback(argv: list[str], status: int) ->
     assert answer.returncode == status
 
 
+@pytest.mark.parametrize("argv", [["explain", "--platform", "npu"], ["doctor"], ["completion", "bash"]])
+def test_a_full_disk_is_one_sentence(argv: list[str]) -> None:
+    command = [sys.executable, "-m", "verl_ascend_rollout.tools.cli", *argv]
+    with open("/dev/full", "wb") as full:
+        answer = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert answer.stderr == "ascend-safe: what is printed cannot be written: No space left on device\n"
+    assert answer.returncode == 1
+
+
+@pytest.mark.parametrize("argv", [["explain", "--platform", "npu"], ["doctor"]])
+def test_without_an_output_the_answer_is_the_exit_status(argv: list[str]) -> None:
+    command = ["bash", "-c", '"$@" >&-', "bash", sys.executable, "-m", "verl_ascend_rollout.tools.cli", *argv]
+    answer = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("variable", "coloured"), [(None, True), ("1", False)])
 def test_verdicts_have_colours_unless_nobody_wants_them(
     monkeypatch: pytest.MonkeyPatch, variable: str | None, coloured: bool
