@@ -81,6 +81,7 @@ def dense(tmp_path: Path) -> Path:
         (["--tiny", "--timeout", "-1"], "is no number of seconds"),
         (["--tiny", "--gpu-memory-utilization", "1.5"], "is no share of the memory"),
         (["--tiny", "--kv-gib", "inf"], "is no size in GiB"),
+        (["--tiny", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--tiny", "--skip", "everything"], "invalid choice: 'everything'"),
         (["--tiny", "--out", "{file}/out"], "cannot be written to (Not a directory): choose another folder"),
     ],
