@@ -227,6 +227,15 @@ def test_what_looks_like_a_warning(line: str, said: str | None) -> None:
     assert lines.warning_text(line) == said
 
 
+def test_what_python_takes_away_after_a_process_that_was_killed_is_no_finding() -> None:
+    """As a busy machine prints it, where vLLM gives up waiting for its own process."""
+    line = (
+        "/lib/python3.11/multiprocessing/resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 "
+    )
+    found = lines.classify([f"{line}leaked shared_memory objects to clean up at shutdown"], EAGER_CPU)
+    assert not found.unknown and found.harmless[0].why
+
+
 @pytest.mark.parametrize(
     ("line", "harmless", "unknown"),
     [
