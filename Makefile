@@ -38,8 +38,10 @@ setup: $(VENV)/.ready ## the virtual environment for a machine without an accele
 # In .ready stands how many seconds it took.
 $(VENV)/.ready: pyproject.toml requirements/cpu.txt requirements/cpu.overrides.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.10, 3.11 or 3.12 was found: set PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "PYTHON=$(PYTHON) does not run Python 3.10, 3.11 or 3.12: set PYTHON=/path/to/python" >&2; exit 2; }
 	@echo "installing torch, vLLM, verl and what they need into $(VENV): one to three minutes"
-	$(PYTHON) -m venv $(VENV); \
+	@$(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'; \
 	$(UV) pip install $(if $(MAKE_TERMERR),,--quiet) --compile-bytecode --python $(BIN)/python \
 		--override requirements/cpu.overrides.txt -r requirements/cpu.txt; \

@@ -61,7 +61,13 @@ def events_page() -> str:
     header, *body = table[1].splitlines()
     starts = [match.start() for match in re.finditer(r"(?<=  )\S", header)]
     cuts = list(zip(starts, [*starts[1:], None], strict=True))
-    rows = [[line[start:end].strip() for start, end in cuts] for line in (header, *body)]
+    rows: list[list[str]] = []
+    for line in (header, *body):
+        cells = [line[start:end].strip() for start, end in cuts]
+        if cells[0]:
+            rows.append(cells)
+        else:  # the row before goes on
+            rows[-1] = [f"{before} {more}".strip() for before, more in zip(rows[-1], cells, strict=True)]
     said = attributes(events.Event)
     lines = [
         "# Events",

@@ -22,8 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import interpreters
-import tomllib
 from pip_settings import settings
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10: pip, which makes the environments, brings the same
+    from pip._vendor import tomli as tomllib
 
 HERE = Path(__file__).resolve().parent
 DEMO = ("matplotlib>=3.8",)

@@ -165,6 +165,9 @@ def _follows_a_torn_line(path: str | os.PathLike[str], descriptor: int, length: 
         return False
 
 
+LONGEST = 1 << 20
+"""Bytes in a line: an event has some hundred."""
+
 LARGEST = 1e15
 """No event has a number like it: it is a petabyte, or in the year of 31 million."""
 
@@ -189,16 +192,9 @@ def load(path: str | os.PathLike[str]) -> Log:
     Raises:
         EventsError: there is no such file, or a later release wrote it in a layout that is not known here.
     """
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise EventsError(
-            f"{path} cannot be read ({error.strerror}): give the file that engine_kwargs.ascend_safe.events named in "
-            "the job"
-        ) from None
     events: list[dict[str, Any]] = []
     torn = 0
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
@@ -217,6 +213,19 @@ def load(path: str | os.PathLike[str]) -> Log:
             )
         events.append(event)
     return Log(tuple(events), torn)
+
+
+def _lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Yield the lines of a file; what is no file of events may be a checkpoint without a line end, of any size."""
+    give = "give the file that engine_kwargs.ascend_safe.events named in the job"
+    try:
+        with Path(path).open("rb") as file:
+            while line := file.readline(LONGEST + 1):
+                if len(line) > LONGEST:
+                    raise EventsError(f"{path} is no file of events: it has a line of more than 1 MiB; {give}")
+                yield line
+    except OSError as error:
+        raise EventsError(f"{path} cannot be read ({error.strerror}): {give}") from None
 
 
 def read(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

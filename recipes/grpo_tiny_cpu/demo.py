@@ -8,7 +8,7 @@ over both.
 
 What runs is `run.sh` beside this file: verl's own trainer, Ray and a real vLLM engine.  Everything that it prints goes
 to OUT/train.log; this script reads that log, verl's metrics file and our lifecycle events while they grow.  At the end
-it writes OUT/summary.json and OUT/reward.png.
+it writes OUT/summary.json, OUT/reward.png and, where the rollout wrote events, OUT/memory.png.
 
 Keys of summary.json (times in seconds, sizes in bytes; null: not seen):
 
@@ -57,6 +57,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from verl_ascend_rollout.events import EventsError
+from verl_ascend_rollout.tools import timeline
 from verl_ascend_rollout.tools.supervisor import Ended, Follower, supervise
 from verl_ascend_rollout.tools.terminal import Progress, console
 
@@ -65,6 +67,7 @@ HERE = Path(__file__).resolve().parent
 PEARSON_WANTED = 0.99
 FEWEST_STEPS = 3
 
+PICTURES = ("reward.png", "memory.png")
 OURS = "ascend_safe"
 
 REWARD = "critic/score/mean"
@@ -314,6 +317,16 @@ def plot(steps: Sequence[Step], file: Path) -> None:
     pyplot.close(figure)
 
 
+def plot_memory(out: Path) -> bool:
+    """Draw memory over time, as `ascend-safe timeline` does; whether there were events to draw."""
+    try:
+        events = timeline.read_log(str(out / "events.jsonl")).events
+    except EventsError:  # the stock rollout writes none
+        return False
+    timeline.draw(events, str(out / "memory.png"), title="The engine's memory")
+    return True
+
+
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(sum(known) / len(known), 3) if known else None
@@ -496,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     options.out = out = options.out.resolve()
     log = out / "train.log"
-    for name in ("train.log", "metrics.jsonl", "events.jsonl", "summary.json", "reward.png"):
+    for name in ("train.log", "metrics.jsonl", "events.jsonl", "summary.json", *PICTURES):
         (out / name).unlink(missing_ok=True)
     os.environ.pop("RAY_ADDRESS", None)
     os.environ.update(
@@ -556,6 +569,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             plot(steps, out / "reward.png")
             screen.line(f"                           {out / 'reward.png'}")
+            if plot_memory(out):
+                screen.line(f"                           {out / 'memory.png'}")
         except ImportError:
             screen.line("                           reward.png was not drawn: pip install matplotlib")
     if problem is None:

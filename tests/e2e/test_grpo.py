@@ -45,7 +45,8 @@ def test_grpo_learns_through_the_synced_rollout(tmp_path: Path) -> None:
     assert summary["pearson_min"] >= 0.99
     assert summary["kv_bytes_freed"] == summary["kv_bytes_restored"] == 256 * 2**20
     assert all(summary["seconds_per_step"][part] > 0 for part in ("generate", "sync", "train"))
-    assert (tmp_path / "run" / "reward.png").stat().st_size > 10_000
+    for picture in ("reward.png", "memory.png"):
+        assert (tmp_path / "run" / picture).stat().st_size > 10_000
 
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     syncs = [event for event in events if (event["step"], event["process"]) == ("sync", "trainer")]

@@ -271,6 +271,16 @@ def test_plot_is_written(tmp_path: Path) -> None:
     assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_memory_is_drawn_where_the_rollout_wrote_events(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert not demo.plot_memory(tmp_path)  # the stock rollout
+    event = {"step": "free", "process": "worker", "seconds": 0.1, "bytes_before": 1 << 28, "bytes_after": 0}
+    lines = [json.dumps(event | {"time": at, "pid": 7, "host": "a"}) for at in (10.0, 20.0)]
+    (tmp_path / "events.jsonl").write_text("\n".join([*lines, '{"step": "fr']))
+    assert demo.plot_memory(tmp_path)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_versions_name_what_took_part() -> None:
     versions = demo.versions()
     assert set(versions) == {"python", "verl", "vllm", "torch", "ray", "transformers", "verl_ascend_rollout"}

@@ -124,6 +124,24 @@ def test_a_bad_command_is_one_sentence_and_exit_code_2(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "file", "said"),
+    [
+        ("--json", "", "cannot be written"),
+        ("--json", "missing/rows.json", "cannot be written"),
+        ("--plot", "missing/bars.png", "cannot be written"),
+        ("--plot", "bars.xyz", "cannot be drawn: a picture's name ends in"),
+    ],
+)
+@pytest.mark.parametrize("what", ["weights", "kv"])
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
+    what: str, option: str, file: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """100,000 GiB fit nowhere: what is wrong with the file is said before that."""
+    assert cli.main(["bench", what, "--gib", "100000", option, f"{tmp_path}/{file}"]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_a_geometry_that_cannot_be_is_one_sentence_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "weights", "--gib", "100000"]) == 1
     error = capsys.readouterr().err

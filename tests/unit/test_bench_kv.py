@@ -76,15 +76,22 @@ def test_rows_go_to_the_screen_and_to_json_with_their_ratio_to_the_floor(
     ("options", "status", "sentence"),
     [
         (["--model", "/nowhere"], 1, "/nowhere has no config.json"),
+        (["--model", "{broken}"], 1, "config.json cannot be read as a model's configuration"),
         (["--gib", "0"], 2, "'0' is no size in GiB"),
         (["--repeats", "0"], 2, "'0' is no whole number"),
-        (["--json", "/nowhere/kv.json"], 1, "/nowhere/kv.json cannot be written"),
+        (["--json", "/dev/null/kv.json"], 1, "/dev/null/kv.json cannot be written"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(
-    asked: list[dict[str, Any]], options: list[str], status: int, sentence: str, capsys: pytest.CaptureFixture[str]
+    asked: list[dict[str, Any]],
+    options: list[str],
+    status: int,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["bench", "kv", *options]) == status
+    (tmp_path / "config.json").write_text("[]")
+    assert main(["bench", "kv", *(option.format(broken=tmp_path) for option in options)]) == status
     assert sentence in capsys.readouterr().err
 
 

@@ -60,8 +60,13 @@ def test_explain_is_as_wide_as_the_terminal(
     assert "inferred, from " in " ".join(capsys.readouterr().out.split())
 
 
+# argparse itself leaves out what nobody reads, from Python 3.11 on.
+HELP_WITHOUT_A_READER = 0 if sys.version_info >= (3, 11) else 141
+
+
 @pytest.mark.parametrize(
-    ("argv", "status"), [(["explain", "--platform", "npu"], 141), (["doctor", "--all"], 0), (["--help"], 0)]
+    ("argv", "status"),
+    [(["explain", "--platform", "npu"], 141), (["doctor", "--all"], 0), (["--help"], HELP_WITHOUT_A_READER)],
 )
 def test_a_reader_that_has_gone_is_no_traceback(argv: list[str], status: int) -> None:
     """`ascend-safe ... | head`, which has read enough before anything comes."""
@@ -72,6 +77,22 @@ def test_a_reader_that_has_gone_is_no_traceback(argv: list[str], status: int) ->
     os.close(writer)
     assert answer.stderr == ""
     assert answer.returncode == status
+
+
+@pytest.mark.parametrize("argv", [["explain", "--platform", "npu"], ["doctor"], ["completion", "bash"]])
+def test_a_full_disk_is_one_sentence(argv: list[str]) -> None:
+    command = [sys.executable, "-m", "verl_ascend_rollout.tools.cli", *argv]
+    with open("/dev/full", "wb") as full:
+        answer = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert answer.stderr == "ascend-safe: what is printed cannot be written: No space left on device\n"
+    assert answer.returncode == 1
+
+
+@pytest.mark.parametrize("argv", [["explain", "--platform", "npu"], ["doctor"]])
+def test_without_an_output_the_answer_is_the_exit_status(argv: list[str]) -> None:
+    command = ["bash", "-c", '"$@" >&-', "bash", sys.executable, "-m", "verl_ascend_rollout.tools.cli", *argv]
+    answer = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (answer.returncode, answer.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("variable", "coloured"), [(None, True), ("1", False)])
@@ -302,6 +323,10 @@ def test_explain_reads_the_rollouts_settings_alone(capsys: pytest.CaptureFixture
         ("a: [1", "is no YAML file"),
         ("\x00\x01", "is no YAML file"),
         ("[1, 2]", "has no settings in it"),
+        ("3", "has no settings in it"),
+        ("[" * 2_000, "is no YAML file: it is nested too deeply"),
+        ("a: &a [*a]", "is no YAML file"),
+        ("a: " + "9" * 10_000, "is no YAML file"),
         ("trainer: {logger: console}", "has neither actor_rollout_ref.rollout nor a setting of a rollout"),
         ("actor_rollout_ref: {rollout: {max_num_seqs: '${nothing}', name: x}}", "cannot be resolved"),
         ("max_num_seqs: many", "must be a whole number"),
@@ -324,7 +349,28 @@ def test_a_configuration_that_cannot_be_read_is_one_sentence(
     assert captured.out == ""
 
 
-@pytest.mark.parametrize("content", [None, "[]", "{", "\xff"])
+@pytest.mark.parametrize(("option", "says"), [("--config", "Is a directory"), ("--model", "has no config.json")])
+def test_a_variable_of_the_shell_that_is_empty_is_not_taken_for_no_option(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, says: str
+) -> None:
+    """`--config "$JOB"`: without it the decisions would be those of another job."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["explain", "--platform", "cpu", option, ""]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_configuration_without_an_end_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--platform", "cpu", "--config", "/dev/zero"]) == 2
+    assert "cannot be read: it has more than 32 MiB, and no configuration has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "two"])
+def test_a_size_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], size: str) -> None:
+    assert main(["explain", "--platform", "cpu", "--expert-parallel-size", size]) == 2
+    assert f"{size!r} is no whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [None, "[]", "{", "\xff", "[" * 100_000])
 def test_a_model_that_cannot_be_read_is_one_sentence(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None
 ) -> None:

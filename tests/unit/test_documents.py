@@ -81,6 +81,13 @@ def test_the_reference_is_what_the_code_says(name: str) -> None:
     assert (DOCS / name).read_text(encoding="utf-8") == load("reference").PAGES[name](), "run python docs/reference.py"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_row_of_a_table_is_the_rest_of_another(page: Path) -> None:
+    for table in tables(page.read_text(encoding="utf-8")):
+        assert not [row for row in table if "``" in row]
+        assert len({len(row) for row in table}) == 1, table[0]
+
+
 def test_the_reference_leaves_nothing_out() -> None:
     page = (DOCS / "options.md").read_text(encoding="utf-8")
     for field in dataclasses.fields(AscendSafeOptions):
@@ -244,6 +251,7 @@ def test_every_command_is_one_that_there_is(page: str, command: str) -> None:
     words = shlex.split(command)
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
+    words = words[: words.index(">")] if ">" in words else words
     program, rest = words[0], words[1:]
     if program.endswith("/ascend-safe"):
         program = "ascend-safe"

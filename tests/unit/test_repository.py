@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,3 +170,13 @@ def test_a_test_that_starts_an_engine_or_ray_is_marked() -> None:
                 if is_test and not any(marker in ast.unparse(decorator) for decorator in node.decorator_list):
                     unmarked.append(f"{file.relative_to(ROOT)}:{node.lineno} {node.name}")
     assert unmarked == []
+
+
+@pytest.mark.parametrize("python", ["/bin/true-ly", "/bin/false"])
+def test_a_python_that_cannot_be_used_is_said_before_anything_is_installed(python: str, tmp_path: Path) -> None:
+    """A version manager's `python3.10` that is on the path and runs nothing, or Python 3.13."""
+    command = ["make", "setup", f"PYTHON={python}", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"PYTHON={python} does not run Python 3.10, 3.11 or 3.12" in done.stderr
+    assert not done.stdout and not (tmp_path / "venv").exists()

@@ -81,6 +81,7 @@ def dense(tmp_path: Path) -> Path:
         (["--tiny", "--timeout", "-1"], "is no number of seconds"),
         (["--tiny", "--gpu-memory-utilization", "1.5"], "is no share of the memory"),
         (["--tiny", "--kv-gib", "inf"], "is no size in GiB"),
+        (["--tiny", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["--tiny", "--skip", "everything"], "invalid choice: 'everything'"),
         (["--tiny", "--out", "{file}/out"], "cannot be written to (Not a directory): choose another folder"),
     ],
@@ -224,6 +225,15 @@ def test_the_bundle_runs_from_anywhere_and_is_the_same_each_time(tmp_path: Path)
 )
 def test_what_looks_like_a_warning(line: str, said: str | None) -> None:
     assert lines.warning_text(line) == said
+
+
+def test_what_python_takes_away_after_a_process_that_was_killed_is_no_finding() -> None:
+    """As a busy machine prints it, where vLLM gives up waiting for its own process."""
+    line = (
+        "/lib/python3.11/multiprocessing/resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 "
+    )
+    found = lines.classify([f"{line}leaked shared_memory objects to clean up at shutdown"], EAGER_CPU)
+    assert not found.unknown and found.harmless[0].why
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,7 @@ def test_events_without_memory_and_of_no_length_are_drawn(tmp_path: Path) -> Non
         (b"\n \n", "is empty: the job wrote no event"),
         (b"\x00\xff\n{\n", "is no file of events: none of its 2 lines is one"),
         (b'{"step": 1, "data": {}}\n', "is no file of events: none of its 1 lines is one"),
+        (b"\x00" * (1 << 21), "is no file of events: it has a line of more than 1 MiB"),
         (
             b'{"step": "free", "process": "worker", "seconds": 0, "time": 1, "schema": "9.1"}\n',
             "line 1 has the layout 9.1",
@@ -200,6 +201,12 @@ def test_a_file_without_events_is_one_sentence(
     assert says in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_a_file_without_an_end_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """A device, or a checkpoint without a line end in its gigabytes: no more than a line of it is held."""
+    assert main(["timeline", "/dev/zero"]) == 2
+    assert "/dev/zero is no file of events" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

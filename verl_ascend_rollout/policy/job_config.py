@@ -5,6 +5,7 @@ Nothing of verl is imported, nothing is started.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,12 @@ ROLLOUT_KEYS = frozenset(
     }
 )
 """The fields of verl's rollout config that a decision asks for."""
+
+
+LARGEST = 32 << 20
+"""Bytes in a configuration; what has more is a checkpoint, or a device."""
+
+GIVE = "give a job's .hydra/config.yaml"
 
 
 class ConfigError(ValueError):
@@ -86,13 +93,17 @@ def read(path: str) -> Job:
     from yaml import YAMLError  # type: ignore[import-untyped]
 
     try:
-        config = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
+        text = _text(Path(path))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path} cannot be read: {first_line(error)}") from None
-    except (YAMLError, OmegaConfBaseException) as error:
+    try:
+        config = OmegaConf.load(io.StringIO(text))
+    except OSError:  # omegaconf's word for what is neither a mapping nor a list
+        config = None
+    except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise ConfigError(f"--config {path} is no YAML file: {first_line(error)}") from None
     if not isinstance(config, DictConfig):
-        raise ConfigError(f"--config {path} has no settings in it: give a job's .hydra/config.yaml")
+        raise ConfigError(f"--config {path} has no settings in it: {GIVE}")
     try:
         node = OmegaConf.select(config, ROLLOUT)
         whole = node is not None
@@ -104,10 +115,7 @@ def read(path: str) -> Job:
             "configuration (a job's .hydra/config.yaml)"
         ) from None
     if not ROLLOUT_KEYS & rollout.keys():
-        raise ConfigError(
-            f"--config {path} has neither {ROLLOUT} nor a setting of a rollout at its top level: give a job's "
-            ".hydra/config.yaml"
-        )
+        raise ConfigError(f"--config {path} has neither {ROLLOUT} nor a setting of a rollout at its top level: {GIVE}")
     notes = []
     folder = model.get("path")
     known = ModelFacts()
@@ -143,14 +151,28 @@ def read_model_config(folder: Path) -> Mapping[str, Any]:
     """
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{folder} has no config.json: give a checkpoint's folder, as the hub has it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as a model's configuration: {first_line(error)}") from None
     if not isinstance(config, Mapping):
         raise ConfigError(f"{path} cannot be read as a model's configuration: it is no JSON object")
     return config
+
+
+def _text(path: Path) -> str:
+    """Return what is in a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is far too large, or no UTF-8.
+    """
+    with path.open("rb") as file:
+        text = file.read(LARGEST + 1)
+    if len(text) > LARGEST:
+        raise ValueError(f"it has more than {LARGEST >> 20} MiB, and no configuration has")
+    return text.decode()
 
 
 def _plain(node: Any) -> dict[str, Any]:
@@ -166,5 +188,9 @@ def _plain(node: Any) -> dict[str, Any]:
 
 def first_line(error: Exception) -> str:
     """Return the first line of what an exception says, as the end of a sentence."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__

@@ -6,6 +6,7 @@ Works on a broken installation too: nothing here imports torch, verl or vLLM.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -26,16 +27,27 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, 1 where the answer is that something cannot work, 2 for a command that is not understood;
-        141 where whoever reads the output (`| head`) has gone, as for a command that SIGPIPE ends.
+        141 where whoever reads the output (`| head`) has gone, as for a command that SIGPIPE ends; 1 where there is no
+        room for the output.
     """
     try:
         status = _run(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # `>&-`
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # Python flushes once more when it ends, and must not say so.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _read_no_more()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        _read_no_more()
+        return terminal.fail(f"what is printed cannot be written: {error.strerror}", 1)
+
+
+def _read_no_more() -> None:
+    """Let Python's last flush, when it ends, go nowhere: it must not say the same again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -36,6 +36,9 @@ def run(whole: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     for action in _actions(whole):
         if action.metavar in (*FILES, "DIR"):
             action.complete = shtab.DIRECTORY if action.metavar == "DIR" else shtab.FILE  # type: ignore[attr-defined]
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action._choices_actions:  # zsh shows it beside the command's name: one line
+                action.choices[command.dest].description = command.help
     print(shtab.complete(whole, arguments.shell))
     return 0
 

@@ -19,6 +19,7 @@ from verl_ascend_rollout.platforms.npu import soc_named
 from verl_ascend_rollout.policy import conflicts, job_config
 from verl_ascend_rollout.policy.engine_args import Decisions, PolicyError, decide, table
 from verl_ascend_rollout.tools import terminal
+from verl_ascend_rollout.tools.arguments import positive
 
 TRUTH = {"true": True, "false": False, "auto": None}
 SWITCHES = {
@@ -58,7 +59,7 @@ def add_parser(commands: Any) -> None:
         flag = f"--{name.replace('_', '-')}"
         add(flag, type=parse, choices=get_args(KVRelease), metavar="METHOD", dest="kv_release", help=told)
     add("--on-unsafe", choices=get_args(OnUnsafe))
-    add("--expert-parallel-size", type=int, metavar="N")
+    add("--expert-parallel-size", type=positive, metavar="N")
     add("--lora", action="store_true", help="adapters are trained")
     add("--load-format", metavar="FORMAT", help="how the engine gets its first weights: verl's default is dummy")
     add("--mtp", action="store_true", help="multi-token prediction drafts")
@@ -74,10 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         ConfigError: the configuration cannot be read.
     """
     facts = _facts(arguments)
-    job = job_config.read(arguments.config) if arguments.config else job_config.Job()
+    job = job_config.read(arguments.config) if arguments.config is not None else job_config.Job()
     # The environment of this prompt says nothing about a machine that is only planned.
     request = dataclasses.replace(job.request, environ={} if arguments.platform else dict(os.environ))
-    if arguments.model:
+    if arguments.model is not None:
         request = dataclasses.replace(request, model=job_config.read_model(arguments.model))
     request = dataclasses.replace(request, **_given(arguments))
     decisions = decide(facts, request)

@@ -8,7 +8,7 @@ from typing import Any
 from verl_ascend_rollout import import_fix
 from verl_ascend_rollout.tools import terminal
 from verl_ascend_rollout.tools.arguments import gib, positive
-from verl_ascend_rollout.tools.bench import kv, weights
+from verl_ascend_rollout.tools.bench import kv, table, weights
 from verl_ascend_rollout.tools.bench.table import BenchError
 
 
@@ -58,6 +58,7 @@ def add_parser(commands: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     """Run a bench; the exit status: 0, or 1 where it could not be run to its end."""
     try:
+        table.check(arguments)
         import_fix.begin(arguments)
         arguments.bench(arguments)
     except (BenchError, import_fix.ImportFixError) as error:

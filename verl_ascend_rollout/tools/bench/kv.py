@@ -21,6 +21,7 @@ from typing import Any
 from verl_ascend_rollout.engine.causes import root_error
 from verl_ascend_rollout.platforms.detect import detect
 from verl_ascend_rollout.policy.engine_args import EngineRequest, decide
+from verl_ascend_rollout.policy.job_config import ConfigError, read_model_config
 from verl_ascend_rollout.tools.bench import engine as engines
 from verl_ascend_rollout.tools.bench import table
 from verl_ascend_rollout.tools.bench.table import BenchError, Column
@@ -54,8 +55,11 @@ def run(arguments: argparse.Namespace) -> None:
         BenchError: an engine did not start, or a file cannot be written.
     """
     model = arguments.model
-    if model is not None and not (Path(model) / "config.json").is_file():
-        raise BenchError(f"{model} has no config.json: say --model with a checkpoint's folder")
+    if model is not None:
+        try:
+            read_model_config(Path(model))
+        except ConfigError as error:
+            raise BenchError(f"--model {error}") from None
     facts = detect()
     request = EngineRequest(enforce_eager=True, environ=dict(os.environ))
     several = bool(decide(facts, request)["enable_sleep_mode"].value)

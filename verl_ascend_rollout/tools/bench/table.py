@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,22 @@ def show(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> None:
     numbers = [number for number, column in enumerate(columns) if column.form]
     cells = ([column.cell(row) for column in columns] for row in rows)
     terminal.table([column.title for column in columns], cells, numbers, piped=160)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Check that --json and --plot can be written, before anything takes minutes.
+
+    Raises:
+        BenchError: one of them cannot.
+    """
+    for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
+        if path is not None:
+            file = Path(path)
+            there = not file.is_dir() if file.exists() else file.parent.is_dir()
+            if not there or not os.access(file if file.exists() else file.parent, os.W_OK):
+                raise BenchError(f"{option} {path} cannot be written: give a file in a folder that is there")
+    if arguments.plot is not None:
+        picture.check(arguments.plot, "--plot", BenchError)
 
 
 def write(

@@ -60,7 +60,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     mode.add_argument(
         "--graph", action="store_const", const=False, dest="eager", help="with graphs (default: by platform)"
     )
-    engine.add_argument("--dtype", help="auto, bfloat16, float16, float32")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    engine.add_argument("--dtype", choices=dtypes, metavar="DTYPE", help=", ".join(dtypes))
     engine.add_argument(
         "--max-model-len", type=positive, metavar="N", help=f"({request.MAX_MODEL_LEN}, or the model's)"
     )

@@ -35,6 +35,9 @@ HARMLESS: dict[str, dict[str, tuple[str, str]]] = {
     "always": {
         r"\[shutdown\] Process manager: force killing remaining process": ("vllm 0.28 v1/utils.py:635",
             "all was done by then: a process took longer to end than vLLM waits"),
+        r"resource_tracker: There appear to be \d+ leaked \w+ objects to clean up at shutdown": (
+            "Python 3.11 multiprocessing/resource_tracker.py:254",
+            "what a process of vLLM left when it ended; Python takes it away in its place"),
         r"FutureWarning: `torch\.distributed\.all_gather_into_tensor` is deprecated": (
             "torch 2.13 distributed/c10d_logger.py:83", "the old name does the same as the new one"),
     },
