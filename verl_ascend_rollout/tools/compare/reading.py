@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -54,6 +55,12 @@ def recorded(runs: Sequence[Run], path: str) -> list[Any]:
     return [] if None in values else values
 
 
+def differing(runs: Sequence[Run], path: str) -> list[Any]:
+    """Return a fact of each of the two runs, where both have recorded it and it is not the same; else nothing."""
+    values = recorded(runs, path)
+    return values if values and values[0] != values[1] else []
+
+
 def read(files: Sequence[str], labels: Sequence[str] = ()) -> list[Run]:
     """Read the reports, the first of which is the baseline.
 
@@ -71,8 +78,10 @@ def read(files: Sequence[str], labels: Sequence[str] = ()) -> list[Run]:
         raise ReportError(f"--label is given {len(labels)} times for {len(files)} reports: once for each, or never")
     found: list[Run] = []
     for file in files:
-        if any(_same_file(file, earlier.file) for earlier in found):
-            raise ReportError(f"{file} is given twice: a report compared with itself says nothing")
+        for earlier in found:
+            with contextlib.suppress(OSError):  # one that is not there is refused below
+                if os.path.samefile(file, earlier.file):
+                    raise ReportError(f"{file} is given twice: a report compared with itself says nothing")
         report = reports.read(file)
         for earlier in found:
             if report == earlier.report:
@@ -83,13 +92,6 @@ def read(files: Sequence[str], labels: Sequence[str] = ()) -> list[Run]:
         found.append(Run("", file, report, smoke))
     given = _given(labels) if labels else _derived(found)
     return [dataclasses.replace(run, label=label) for run, label in zip(found, given, strict=True)]
-
-
-def _same_file(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False
 
 
 def _problems(smoke: Smoke) -> Iterator[str]:

@@ -56,8 +56,7 @@ def sections(facts: Smoke, decisions: Decisions, phases: Mapping[str, float]) ->
     calls = {**tables.LOAD, **tables.INFERENCE}
     yield tables.table("Where the time went", calls, runs, text, every=True, more=trials)
     yield tables.table("Memory", tables.MEMORY, runs, tables.MEMORY_TEXT)
-    yield tables.warnings({"times": facts}, harmless=True)
-    yield tables.warnings({"times": facts}, harmless=False)
+    yield from tables.warnings({"times": facts})
     yield Section(
         "Decisions",
         "What was decided for this platform, and why (`ascend-safe explain` prints the same).",
