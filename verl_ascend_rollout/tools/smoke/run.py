@@ -55,7 +55,7 @@ CHECK_NAMES = (
 )
 """In the order of the report."""
 
-OPTIONAL = ("kv-cache.free-init", "weights.reload", "sleep.wake", parity.NAME, "log.warnings")
+OPTIONAL = CHECK_NAMES[3:]
 """Those that `--skip` may name."""
 
 Show = Callable[[str], None]
@@ -346,12 +346,13 @@ def _model(request: Request, worker: Mapping[str, Any]) -> measured.Model:
         name = "tiny Qwen1.5-MoE (random weights)"
     elif checkpoint is None or Path(name).exists():  # else it is the hub's name
         name = name.rstrip("/").rpartition("/")[2]
-    loaded = {"dtype": worker.get("dtype"), "quantization": worker.get("quantization", "")}
+    quantization = worker.get("quantization", "")
+    loaded = measured.Model(name, worker.get("model_class"), dtype=worker.get("dtype"), quantization=quantization)
     if checkpoint is None:
-        return measured.Model(name, worker.get("model_class"), **loaded)
+        return loaded
     active = checkpoint.get("num_experts_per_tok", "moe_top_k", "num_experts_per_token")
-    return measured.Model(
-        name=name,
+    return replace(
+        loaded,
         architecture=(checkpoint.config.get("architectures") or [None])[0],
         tiny=options.tiny,
         config_hash=checkpoint.config_hash,
@@ -360,7 +361,6 @@ def _model(request: Request, worker: Mapping[str, Any]) -> measured.Model:
         layers=checkpoint.facts.layers,
         experts=checkpoint.facts.experts or None,
         experts_per_token=active if isinstance(active, int) else None,
-        **loaded,
     )
 
 
