@@ -13,12 +13,14 @@ from verl_ascend_rollout.worker import worker_rpc
 
 
 class Engine:
-    """A running engine.  A prompt is an `Output` that has no answer yet."""
+    """A running engine, given those of the arguments that this vLLM has.  A prompt is an `Output` without an answer."""
 
     def __init__(self, model: str, arguments: Mapping[str, Any]) -> None:
         from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
 
-        known = known_arguments(arguments)
+        fields = {field.name for field in dataclasses.fields(EngineArgs)}
+        known = {name: value for name, value in arguments.items() if name in fields}
         _say_kv_space(known)
         self.llm = LLM(model=model, **known)
 
@@ -66,14 +68,6 @@ class Engine:
         """
         call = {"method": method, "keywords": keywords}
         return worker_rpc.unwrap(method, self.llm.collective_rpc("ascend_safe_call", kwargs=call))
-
-
-def known_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that this vLLM has."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    fields = {field.name for field in dataclasses.fields(EngineArgs)}
-    return {name: value for name, value in arguments.items() if name in fields}
 
 
 def _say_kv_space(arguments: Mapping[str, Any]) -> None:

@@ -197,18 +197,13 @@ def _local(model: str) -> Checkpoint | None:
         raise RequestError(f"{model} is a file: give the folder of a checkpoint, or a name on the hub")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise RequestError(f"the folder {model} is not there: give a checkpoint's folder, a hub name, or --tiny")
-    snapshot = _cached(model)
-    return checkpoint.read(snapshot) if snapshot is not None else None
-
-
-def _cached(name: str) -> Path | None:
-    """Return a model of the hub in this machine's cache."""
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, local_files_only=True))
+        snapshot = Path(snapshot_download(model, local_files_only=True))
     except Exception:
         return None  # not here, or no hub client: vLLM will look for it in its own way, and say what is wrong
+    return checkpoint.read(snapshot)
 
 
 def _arguments(

@@ -285,8 +285,8 @@ def make_report(found: Run, facts: Smoke) -> Report:
     """Return the report of what was found, whole or not."""
     checks = {**found.checks, "log.warnings": _warnings_check(found, facts)}
     for name in CHECK_NAMES:
-        if name not in checks:
-            checks[name] = Check(name, "skip", f"not reached: it ended in the phase {found.ended_in!r}", risk="medium")
+        told = f"not reached: it ended in the phase {found.ended_in!r}"
+        checks.setdefault(name, Check(name, "skip", told, risk="medium"))
     # What ended in a phase that is no check comes after `engine.start`.
     place = {name: number for number, name in enumerate(CHECK_NAMES)}
     ordered = sorted(checks.values(), key=lambda check: place.get(check.name, 1))

@@ -81,12 +81,8 @@ def watch_steps(base: type) -> None:
         _time(found, STEPS)
 
 
-def _begin() -> None:
-    RECORD_LAYOUTS.apply(importlib.import_module(RECORD_LAYOUTS.module))
-    watch_steps(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase)
-
-
-_begin()
+RECORD_LAYOUTS.apply(importlib.import_module(RECORD_LAYOUTS.module))
+watch_steps(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase)
 
 
 class SmokeWorker(AscendSafeLifecycle):
