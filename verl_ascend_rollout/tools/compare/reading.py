@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,13 +95,13 @@ def read(files: Sequence[str], labels: Sequence[str] = ()) -> list[Run]:
 
 def _problems(smoke: Smoke) -> Iterator[str]:
     """Yield what no run can have measured, beyond what the schema says."""
-    for output in (smoke.output, *smoke.more_outputs):
-        if output is not None and output.logprobs and len(output.logprobs) != len(output.token_ids):
-            yield f"output.logprobs has {len(output.logprobs)} values for {len(output.token_ids)} tokens"
-        if output is not None and output.prompt_logprobs:
-            values, asked = len(output.prompt_logprobs), len(output.prompt_token_ids)
-            if values != max(0, asked - 1):
-                yield f"output.prompt_logprobs has {values} values for {asked} prompt tokens: the first has none"
+    for output in filter(None, (smoke.output, *smoke.more_outputs)):
+        values, said = len(output.logprobs), len(output.token_ids)
+        if values not in (0, said):
+            yield f"output.logprobs has {values} values for {said} tokens"
+        values, asked = len(output.prompt_logprobs), len(output.prompt_token_ids)
+        if values not in (0, asked - 1):
+            yield f"output.prompt_logprobs has {values} values for {asked} prompt tokens: the first has none"
 
 
 def _given(labels: Sequence[str]) -> list[str]:
@@ -125,12 +124,10 @@ def _derived(runs: Sequence[Run]) -> list[str]:
         for label, run in zip(labels, runs, strict=True)
     ]
     labels = modes if len(set(modes)) > len(set(labels)) else labels
-    numbers: Counter[str] = Counter()
-    unique = []
-    for label in labels:
-        numbers[label] += 1
-        unique.append(f"{label} no.{numbers[label]}" if labels.count(label) > 1 else label)
-    return unique
+    return [
+        f"{label} no.{labels[: place + 1].count(label)}" if labels.count(label) > 1 else label
+        for place, label in enumerate(labels)
+    ]
 
 
 def _description(run: Run) -> str:
