@@ -100,20 +100,17 @@ class Agreement:
     """What two reports' outputs have in common."""
 
     checks: tuple[Check, ...]  # `outputs.prompt`, `outputs.tokens`, `outputs.logprobs`
-    tolerance: float | None = None  # of log-probabilities, and why it is that; `None` where nothing was compared
-    tolerance_reason: str = ""
+    tolerance: float | None = None  # of log-probabilities; `None` where nothing was compared
     equal_tokens: int | None = None  # how many tokens of the answers are equal, from the first
     divergence: Divergence | None = None  # the first that differs; `None` where none does
     # the differences in log-probabilities; of the answer, as far as its tokens are equal
-    prompt: Differences | None = None
-    answer: Differences | None = None
+    prompt_logprobs: Differences | None = None
+    answer_logprobs: Differences | None = None
     more: tuple[Agreement, ...] = ()  # of the other prompts that both were given
 
     def facts(self) -> dict[str, Any]:
         """Return the numbers, as JSON values."""
-        parts = {"divergence": self.divergence, "prompt_logprobs": self.prompt, "answer_logprobs": self.answer}
-        found = {name: asdict(part) if part else None for name, part in parts.items()}
-        return {"tolerance": self.tolerance, "equal_tokens": self.equal_tokens, **found}
+        return {name: value for name, value in asdict(self).items() if name not in ("checks", "more")}
 
 
 NAMES = ("outputs.prompt", "outputs.tokens", "outputs.logprobs")
@@ -192,7 +189,7 @@ def _answers(pair: str, base: Run, other: Run, one: Output, two: Output, asked: 
         else check
         for check in checks
     )
-    return Agreement(doubted, tolerance, reason, equal, divergence, prompt, answer)
+    return Agreement(doubted, tolerance, equal, divergence, prompt, answer)
 
 
 def _tolerance(base: Run, other: Run) -> tuple[float, str]:

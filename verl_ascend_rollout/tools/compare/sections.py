@@ -204,8 +204,8 @@ def _agreement(base: Run, pairs: Sequence[Pair]) -> Section:
                 "not compared" if agreed.equal_tokens is None else wording.number(agreed.equal_tokens),
                 "-" if agreed.divergence is None else f"token {agreed.divergence.position}",
                 "-" if gap is None else f"{gap:.3g}",
-                agreed.prompt.told() if agreed.prompt else "not compared",
-                agreed.answer.told() if agreed.answer else "not compared",
+                agreed.prompt_logprobs.told() if agreed.prompt_logprobs else "not compared",
+                agreed.answer_logprobs.told() if agreed.answer_logprobs else "not compared",
                 "-" if agreed.tolerance is None else f"{agreed.tolerance:.3g}",
             )
             rows.append((of, *cells))
