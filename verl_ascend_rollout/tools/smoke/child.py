@@ -25,7 +25,7 @@ import msgspec
 from verl_ascend_rollout.engine import causes
 from verl_ascend_rollout.tools.report import Check
 from verl_ascend_rollout.tools.smoke.engine import Engine
-from verl_ascend_rollout.tools.smoke.measured import Call, Output
+from verl_ascend_rollout.tools.smoke.measured import Output
 from verl_ascend_rollout.tools.supervisor import FD_VARIABLE
 
 BATCH = ("Name three colours.", "Count from one to ten.", "Hello")
@@ -122,14 +122,15 @@ def _timed(engine: Engine, prompt: Output, most: int, repeats: int, teller: Tell
     """Tell the first call's time and the warm one's, and return the first answer."""
     seconds, first = engine.timed_answer(prompt, most)
 
-    def call(seconds: float) -> Call:
-        return Call(seconds, len(prompt.prompt_token_ids), len(first.token_ids), len(first.token_ids) / seconds)
+    def call(seconds: float) -> dict[str, Any]:
+        counts = {"prompt_tokens": len(prompt.prompt_token_ids), "output_tokens": len(first.token_ids)}
+        return {"seconds": seconds, **counts, "tokens_per_second": len(first.token_ids) / seconds}
 
     teller.fact("first", call(seconds))
     # What the first call left to be done once, a second may do as well: caches of kernels for its exact shapes.
     times = [engine.timed_answer(prompt, most)[0] for _ in range(repeats)]
     spread = max(times) / min(times) if min(times) > 0 else None
-    teller.fact("warm", replace(call(statistics.median(times)), repeats=repeats, spread=spread))
+    teller.fact("warm", {**call(statistics.median(times)), "repeats": repeats, "spread": spread})
     return first
 
 
