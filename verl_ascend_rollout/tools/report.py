@@ -146,7 +146,11 @@ class Report:
         """Return the report as JSON, redacted, with its verdict.  JSON has no NaN: it becomes the text `nan`."""
         plain = msgspec.to_builtins(self.redacted())
         plain = {"schema": plain.pop("schema"), "kind": plain.pop("kind"), "verdict": self.verdict, **plain}
-        return msgspec.json.format(msgspec.json.encode(_mapped(plain, _without_nan)), indent=2).decode() + "\n"
+        # msgspec writes NaN as null, and null reads as "not measured".
+        plain = _mapped(
+            plain, lambda value: value if not isinstance(value, float) or math.isfinite(value) else str(value)
+        )
+        return msgspec.json.format(msgspec.json.encode(plain), indent=2).decode() + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str = "the report") -> Report:
@@ -162,25 +166,72 @@ class Report:
         try:
             head = msgspec.json.decode(text, type=_Head)
             major = int(re.fullmatch(r"([0-9]{1,9})\.[0-9]{1,9}", head.schema)[1])  # type: ignore[index]
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError) as error:
+            if major == int(SCHEMA.partition(".")[0]):
+                return msgspec.json.decode(text, type=cls)
+        except (ValueError, RecursionError, TypeError) as error:  # msgspec's and UnicodeDecodeError are of the first
             raise ReportError(f"{name} is no report of ascend-safe: {_reason(error)}") from None
-        if major != int(SCHEMA.partition(".")[0]):
-            raise ReportError(
-                f"{name} has schema {head.schema}, and this ascend-safe reads schema {SCHEMA}: write it again, or read "
-                "it, with the release that fits"
-            )
-        try:
-            return msgspec.json.decode(text, type=cls)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            raise ReportError(f"{name} is no report of ascend-safe: {_reason(error)}") from None
+        raise ReportError(
+            f"{name} has schema {head.schema}, and this ascend-safe reads schema {SCHEMA}: write it again, or read "
+            "it, with the release that fits"
+        )
 
     def to_markdown(self) -> str:
         """Return the report for people, redacted."""
-        return _markdown(self.redacted())
+        report = self.redacted()
+        blocks = [f"# {_line(report.title)}", f"**{report.verdict_line()}** ({report.kind}, {report.created})"]
+        blocks += [block for section in report.sections if section.before_checks for block in _section(section)]
+        flat = tuple((name, _shown(value)) for name, value in _flat(report.facts))
+        facts = ["## Facts", markdown_table(("fact", "value"), flat)] if flat else []
+        late = len(flat) >= MANY_FACTS
+        blocks += [] if late else facts
+        if report.checks:
+            rows = tuple(
+                (check.verdict, check.name, check.summary, check.confidence, check.risk) for check in report.checks
+            )
+            blocks += ["## Checks", markdown_table(("verdict", "check", "finding", "confidence", "risk"), rows)]
+            blocks += ["\n".join(_details(check)) for check in report.checks if check.evidence or check.advice]
+        blocks += [block for section in report.sections if not section.before_checks for block in _section(section)]
+        blocks += facts if late else []
+        blocks.append(f"Verdict: **{report.verdict_line()}**")
+        return "\n\n".join(blocks) + "\n"
 
     def to_junit(self) -> str:
-        """Return the report for a CI system, redacted: one test case a check."""
-        return _junit(self.redacted())
+        """Return the report for a CI system, redacted: JUnit XML as Jenkins, GitLab and GitHub's actions read it.
+
+        (The schema of Jenkins' xUnit plug-in.)  One test case a check.  It knows neither warnings nor "unknown": the
+        first pass and say so in their output, the second are skipped.
+        """
+        report = self.redacted()
+        counts = report.counts()
+        totals = {
+            "name": f"ascend-safe {report.kind}",
+            "tests": str(len(report.checks)),
+            "failures": str(counts.get("fail", 0)),
+            "errors": "0",
+            "time": f"{sum(check.seconds for check in report.checks):.3f}",
+        }
+        skipped = counts.get("skip", 0) + counts.get("unknown", 0)
+        root = _element(None, "testsuites", **totals)
+        stamp = report.created.removesuffix("+00:00")
+        suite = _element(root, "testsuite", **totals, skipped=str(skipped), timestamp=stamp)
+        properties = _element(suite, "properties")
+        for name, value in _flat({"schema": report.schema, "title": report.title, **report.facts}):
+            _element(properties, "property", name=name, value=_shown(value))
+        for check in report.checks:
+            of = f"ascend-safe.{report.kind}"
+            case = _element(suite, "testcase", classname=of, name=check.name, time=f"{check.seconds:.3f}")
+            told = [f"{check.verdict}: {check.summary}"]
+            told += [f"{evidence.where}: {evidence.what}" for evidence in check.evidence]
+            told += [f"What to do: {check.advice}"] if check.advice else []
+            told.append(f"confidence: {check.confidence}; risk: {check.risk}")
+            if check.verdict == "fail":
+                _element(case, "failure", "\n".join(told), message=check.summary, type="check")
+                continue
+            if check.verdict in ("skip", "unknown"):
+                _element(case, "skipped", message=told[0])
+            _element(case, "system-out", "\n".join(told))
+        ElementTree.indent(root)
+        return ElementTree.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
 
 
 class _Head(msgspec.Struct):
@@ -254,30 +305,6 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return change(value)
 
 
-def _without_nan(value: Any) -> Any:
-    """msgspec writes NaN as null, and null reads as "not measured"."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _markdown(report: Report) -> str:
-    blocks = [f"# {_line(report.title)}", f"**{report.verdict_line()}** ({report.kind}, {report.created})"]
-    blocks += [block for section in report.sections if section.before_checks for block in _section(section)]
-    flat = tuple((name, _shown(value)) for name, value in _flat(report.facts))
-    facts = ["## Facts", markdown_table(("fact", "value"), flat)] if flat else []
-    late = len(flat) >= MANY_FACTS
-    blocks += [] if late else facts
-    if report.checks:
-        rows = tuple(
-            (check.verdict, check.name, check.summary, check.confidence, check.risk) for check in report.checks
-        )
-        blocks += ["## Checks", markdown_table(("verdict", "check", "finding", "confidence", "risk"), rows)]
-        blocks += ["\n".join(_details(check)) for check in report.checks if check.evidence or check.advice]
-    blocks += [block for section in report.sections if not section.before_checks for block in _section(section)]
-    blocks += facts if late else []
-    blocks.append(f"Verdict: **{report.verdict_line()}**")
-    return "\n\n".join(blocks) + "\n"
-
-
 def _section(section: Section) -> list[str]:
     blocks = [f"## {_line(section.title)}"]
     if section.text:
@@ -344,43 +371,6 @@ def _shown(value: Any) -> str:
             return f"{', '.join(_shown(item) for item in value[:MOST_SHOWN])}, ... ({len(value)} in all)"
         return ", ".join(_shown(item) for item in value)
     return str(value)
-
-
-def _junit(report: Report) -> str:
-    """JUnit XML as Jenkins, GitLab and GitHub's actions read it (the schema of Jenkins' xUnit plug-in).
-
-    It knows neither warnings nor "unknown": the first pass and say so in their output, the second are skipped.
-    """
-    counts = report.counts()
-    totals = {
-        "name": f"ascend-safe {report.kind}",
-        "tests": str(len(report.checks)),
-        "failures": str(counts.get("fail", 0)),
-        "errors": "0",
-        "time": f"{sum(check.seconds for check in report.checks):.3f}",
-    }
-    skipped = counts.get("skip", 0) + counts.get("unknown", 0)
-    root = _element(None, "testsuites", **totals)
-    stamp = report.created.removesuffix("+00:00")
-    suite = _element(root, "testsuite", **totals, skipped=str(skipped), timestamp=stamp)
-    properties = _element(suite, "properties")
-    for name, value in _flat({"schema": report.schema, "title": report.title, **report.facts}):
-        _element(properties, "property", name=name, value=_shown(value))
-    for check in report.checks:
-        of = f"ascend-safe.{report.kind}"
-        case = _element(suite, "testcase", classname=of, name=check.name, time=f"{check.seconds:.3f}")
-        told = [f"{check.verdict}: {check.summary}"]
-        told += [f"{evidence.where}: {evidence.what}" for evidence in check.evidence]
-        told += [f"What to do: {check.advice}"] if check.advice else []
-        told.append(f"confidence: {check.confidence}; risk: {check.risk}")
-        if check.verdict == "fail":
-            _element(case, "failure", "\n".join(told), message=check.summary, type="check")
-            continue
-        if check.verdict in ("skip", "unknown"):
-            _element(case, "skipped", message=told[0])
-        _element(case, "system-out", "\n".join(told))
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=False) + "\n"
 
 
 def _element(above: ElementTree.Element | None, tag: str, text: str = "", **attributes: str) -> ElementTree.Element:

@@ -81,11 +81,6 @@ def many(count: int, thing: str) -> str:
     return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
 
 
-def truth(value: bool | None) -> str:
-    """`yes`, `no`, or that it is not recorded."""
-    return UNKNOWN if value is None else "yes" if value else "no"
-
-
 def listed(words: Sequence[str]) -> str:
     """Join: `a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

@@ -10,8 +10,7 @@ from typing import Any
 from verl_ascend_rollout.tools import picture, terminal, wording
 from verl_ascend_rollout.tools import report as reports
 from verl_ascend_rollout.tools.compare import plot, reading
-from verl_ascend_rollout.tools.compare.build import side_by_side
-from verl_ascend_rollout.tools.compare.sections import report_of
+from verl_ascend_rollout.tools.compare.sections import pairs_of, report_of
 from verl_ascend_rollout.tools.redaction import redact
 from verl_ascend_rollout.tools.report import ReportError
 
@@ -49,15 +48,16 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.plot is not None:
             picture.check(arguments.plot, "--plot", ReportError)
-        found = side_by_side(reading.read(arguments.files, arguments.label))
-        report = report_of(found)
+        runs = reading.read(arguments.files, arguments.label)
+        pairs = pairs_of(runs)
+        report = report_of(runs, pairs)
         people = dataclasses.replace(report, facts={})  # its sections tell them
         for form in reports.FORMS:
             path = getattr(arguments, form)
             if path is not None:
                 reports.write(report if form == "json" else people, path, form)
         if arguments.plot is not None:
-            plot.draw(found, arguments.plot)
+            plot.draw(runs, pairs, arguments.plot)
     except ReportError as error:
         return terminal.fail(redact(wording.clipped(wording.line(str(error)), LONGEST_ERROR)), 2)
     out = terminal.console()

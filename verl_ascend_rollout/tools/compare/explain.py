@@ -21,9 +21,6 @@ LARGE_PART = 0.1
 MOST_CHECKS = 12
 """Checks of one report that are named as a next step."""
 
-CALL = ("prompts", "prompt_tokens", "output_tokens")
-"""What makes two calls the same work."""
-
 
 def load_split(run: Run) -> Iterator[str]:
     """Yield where one run's load time went."""
@@ -79,14 +76,13 @@ def first_and_warm(run: Run) -> Iterator[str]:
         yield f"{run.label} has a first call only: what it costs once and what it costs each time are one number."
     if first is None or warm is None or not warm.seconds:
         return
-    if any(getattr(first, name) != getattr(warm, name) for name in CALL):
+    work, again = ((call.prompts, call.prompt_tokens, call.output_tokens) for call in (first, warm))
+    if work != again:
         return
     share = first.seconds / warm.seconds
     if share >= 1.1:
-        yield (
-            f"{run.label}: the first call took {share:.3g} times as long as the same call again: "
-            f"{wording.seconds(first.seconds - warm.seconds)} of it is work that is done once."
-        )
+        once = f"{wording.seconds(first.seconds - warm.seconds)} of it is work that is done once"
+        yield f"{run.label}: the first call took {share:.3g} times as long as the same call again: {once}."
     else:
         yield f"{run.label}: the first call took no longer than the same call again: what is done once came before it."
 
@@ -152,7 +148,7 @@ def notes(run: Run) -> Iterator[str]:
             f"{wording.quoted(run.stand_in, 200)}. Its times say nothing about the hardware; what it shows is that the "
             "software runs, and what it computes."
         )
-    yield f"{run.label}: {machine(run)}; eager {wording.truth(run.get('engine.eager'))}{_eager_reason(run)}."
+    yield f"{run.label}: {machine(run)}; eager {shown(run.get('engine.eager'))}{_eager_reason(run)}."
 
 
 def next_steps(runs: Sequence[Run], compared: Sequence[Mapping[str, Comparison]]) -> Iterator[str]:

@@ -6,16 +6,18 @@ follows differs.  So the first token that differs is looked at: could it be such
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from verl_ascend_rollout.tools import wording
 from verl_ascend_rollout.tools.compare.reading import Run
 from verl_ascend_rollout.tools.compare.times import different_models
 from verl_ascend_rollout.tools.report import WORST_FIRST, Check, Evidence, Verdict
-from verl_ascend_rollout.tools.smoke.measured import Output
+from verl_ascend_rollout.tools.smoke.measured import Output, equal_from_first
 
 TOLERANCES: dict[str, float] = {"float32": 1e-3, "float16": 2 * 2.0**-6, "bfloat16": 2 * 2.0**-3}
 """By dtype, how far two log-probabilities of one token may be apart.
@@ -56,10 +58,8 @@ class Differences:
         apart = [abs(a - b) for a, b in zip(one, two, strict=True)]
         pearson = None
         if len(one) >= ENOUGH:
-            try:
+            with contextlib.suppress(statistics.StatisticsError):  # one side is constant
                 pearson = statistics.correlation(one, two)
-            except statistics.StatisticsError:
-                pearson = None  # one side is constant
         return cls(len(one), max(apart), statistics.fmean(apart), pearson)
 
     def told(self) -> str:
@@ -100,14 +100,17 @@ class Agreement:
     """What two reports' outputs have in common."""
 
     checks: tuple[Check, ...]  # `outputs.prompt`, `outputs.tokens`, `outputs.logprobs`
-    tolerance: float | None = None  # of log-probabilities, and why it is that; `None` where nothing was compared
-    tolerance_reason: str = ""
+    tolerance: float | None = None  # of log-probabilities; `None` where nothing was compared
     equal_tokens: int | None = None  # how many tokens of the answers are equal, from the first
     divergence: Divergence | None = None  # the first that differs; `None` where none does
     # the differences in log-probabilities; of the answer, as far as its tokens are equal
-    prompt: Differences | None = None
-    answer: Differences | None = None
+    prompt_logprobs: Differences | None = None
+    answer_logprobs: Differences | None = None
     more: tuple[Agreement, ...] = ()  # of the other prompts that both were given
+
+    def facts(self) -> dict[str, Any]:
+        """Return the numbers, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if name not in ("checks", "more")}
 
 
 NAMES = ("outputs.prompt", "outputs.tokens", "outputs.logprobs")
@@ -117,17 +120,12 @@ def agreement(base: Run, other: Run) -> Agreement:
     """Compare what two runs said; of several prompts, each check is of the one with the worst answer."""
     first = _of_prompt(base, other, base.smoke.output, other.smoke.output)
     answers = {output.prompt: output for output in other.smoke.more_outputs}
-    more = tuple(
-        _of_prompt(base, other, output, answers[output.prompt])
-        for output in base.smoke.more_outputs
-        if output.prompt in answers
-    )
-    if not more:
+    asked = [output for output in base.smoke.more_outputs if output.prompt in answers]
+    if not asked:
         return first
-    worst = [
-        min(alike, key=lambda check: WORST_FIRST.index(check.verdict))
-        for alike in zip(first.checks, *(found.checks for found in more), strict=True)
-    ]
+    more = tuple(_of_prompt(base, other, output, answers[output.prompt]) for output in asked)
+    alike = zip(first.checks, *(found.checks for found in more), strict=True)
+    worst = (min(checks, key=lambda check: WORST_FIRST.index(check.verdict)) for checks in alike)
     told = tuple(replace(check, summary=f"{check.summary} (the worst of {len(more) + 1} prompts)") for check in worst)
     return replace(first, checks=told, more=more)
 
@@ -161,19 +159,17 @@ def _prompt(pair: str, one: Output, two: Output) -> Check:
         return Check(NAMES[0], "unknown", f"{pair}: the prompt's tokens are not recorded in both")
     if ids[0] == ids[1]:
         return Check(NAMES[0], "pass", f"{pair} were asked with the same {wording.many(len(ids[0]), 'token')}")
-    return Check(
-        NAMES[0],
-        "warn",
-        f"{pair} tokenized one prompt differently, from token {_equal(*ids)} on ({len(ids[1])} and {len(ids[0])} "
-        "tokens): their outputs cannot be compared",
-        risk="medium",
-        advice="compare the tokenizer's files and the versions of transformers and tokenizers on both machines",
+    told = (
+        f"{pair} tokenized one prompt differently, from token {equal_from_first(*ids)} on "
+        f"({len(ids[1])} and {len(ids[0])} tokens): their outputs cannot be compared"
     )
+    advice = "compare the tokenizer's files and the versions of transformers and tokenizers on both machines"
+    return Check(NAMES[0], "warn", told, risk="medium", advice=advice)
 
 
 def _answers(pair: str, base: Run, other: Run, one: Output, two: Output, asked: Check) -> Agreement:
     tolerance, reason = _tolerance(base, other)
-    equal = _equal(one.token_ids, two.token_ids)
+    equal = equal_from_first(one.token_ids, two.token_ids)
     divergence = _divergence(one, two, equal)
     prompt = Differences.of(one.prompt_logprobs, two.prompt_logprobs)
     said = [output.logprobs[:equal] if one.logprobs and two.logprobs else () for output in (one, two)]
@@ -193,7 +189,7 @@ def _answers(pair: str, base: Run, other: Run, one: Output, two: Output, asked: 
         else check
         for check in checks
     )
-    return Agreement(doubted, tolerance, reason, equal, divergence, prompt, answer)
+    return Agreement(doubted, tolerance, equal, divergence, prompt, answer)
 
 
 def _tolerance(base: Run, other: Run) -> tuple[float, str]:
@@ -204,11 +200,6 @@ def _tolerance(base: Run, other: Run) -> tuple[float, str]:
     return TOLERANCES[coarser], f"for {coarser}" + (", the coarser of the two" if dtypes[0] != dtypes[1] else "")
 
 
-def _equal(one: Sequence[int], two: Sequence[int]) -> int:
-    """Return how many are equal, from the first."""
-    return next((place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
-
-
 def _divergence(one: Output, two: Output, equal: int) -> Divergence | None:
     if equal == len(one.token_ids) == len(two.token_ids):
         return None
@@ -216,13 +207,11 @@ def _divergence(one: Output, two: Output, equal: int) -> Divergence | None:
     if equal == len(shorter.token_ids) and shorter.finish_reason == "length":
         return None  # it was cut off there, and agrees as far as it goes
 
-    def at(output: Output) -> tuple[int | None, float | None]:
-        if equal >= len(output.token_ids):
-            return None, None
-        return output.token_ids[equal], output.logprobs[equal] if output.logprobs else None
+    def there(values: Sequence[Any]) -> Any:
+        return values[equal] if equal < len(values) else None
 
-    (token, logprob), (other_token, other_logprob) = at(one), at(two)
-    return Divergence(equal, (token, other_token), (logprob, other_logprob))
+    logprobs = there(one.logprobs), there(two.logprobs)
+    return Divergence(equal, (there(one.token_ids), there(two.token_ids)), logprobs)
 
 
 def _tokens(pair: str, one: Output, two: Output, equal: int, divergence: Divergence | None, tolerance: float) -> Check:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from verl_ascend_rollout.tools import picture, wording
-from verl_ascend_rollout.tools.compare.build import SideBySide
+from verl_ascend_rollout.tools.compare.reading import Run
+from verl_ascend_rollout.tools.compare.sections import Pair
 from verl_ascend_rollout.tools.report import ReportError
 from verl_ascend_rollout.tools.smoke.tables import LOAD_PARTS
 
@@ -24,27 +25,27 @@ PANELS: dict[str, tuple[str, dict[str, str]]] = {
 """By title: the unit, and the quantities with their colours."""
 
 
-def draw(found: SideBySide, path: str | os.PathLike[str]) -> None:
+def draw(runs: Sequence[Run], pairs: Sequence[Pair], path: str | os.PathLike[str]) -> None:
     """Draw four panels, one bar or group of bars a report.
 
     Raises:
         ReportError: matplotlib is missing or does not know the format, or the file cannot be written.
     """
     # As many as 20 reports are readable; more are drawn all the same.
-    width = min(40.0, max(11.0, 2.8 * len(found.runs) + 5))
-    reasons = [line for reason in _reasons(found) for line in textwrap.wrap(reason, int(width * 18))]
+    width = min(40.0, max(11.0, 2.8 * len(runs) + 5))
+    reasons = [line for reason in _reasons(pairs) for line in textwrap.wrap(reason, int(width * 18))]
     size = (width, 8.0 + 0.16 * len(reasons))
     with picture.figure(path, "--plot", ReportError, nrows=2, ncols=2, figsize=size) as (figure, panels):
         for axes, (title, (unit, bars)) in zip(panels.flat, PANELS.items(), strict=True):
-            _panel(axes, found, title, unit, bars)
-        models = {wording.name(run.smoke.model.name, 60) for run in found.runs if run.smoke.model}
+            _panel(axes, runs, pairs, title, unit, bars)
+        models = {wording.name(run.smoke.model.name, 60) for run in runs if run.smoke.model}
         figure.suptitle(wording.clipped(" and ".join(sorted(models)), 120), fontsize=11)
         figure.supxlabel("\n".join(reasons), x=0.01, ha="left", fontsize=8, color="#333333")
 
 
-def _reasons(found: SideBySide) -> Iterator[str]:
+def _reasons(pairs: Sequence[Pair]) -> Iterator[str]:
     """Yield why bars are grey: the first reason of each; the report has them all."""
-    for pair in found.pairs:
+    for pair in pairs:
         by_reason: dict[str, list[str]] = {}
         for comparison in (pair.compared[name] for _, bars in PANELS.values() for name in bars):
             if comparison.refused and comparison.value is not None:
@@ -53,15 +54,15 @@ def _reasons(found: SideBySide) -> Iterator[str]:
             yield f"Grey, not compared with {pair.base.label}: {pair.other.label}, {wording.listed(titles)}: {reason}"
 
 
-def _panel(axes: Any, found: SideBySide, title: str, unit: str, bars: dict[str, str]) -> None:
+def _panel(axes: Any, runs: Sequence[Run], pairs: Sequence[Pair], title: str, unit: str, bars: dict[str, str]) -> None:
     """Draw one panel; a report's number that is not compared stands for itself only, and the baseline's never does."""
     from matplotlib.patches import Patch
 
     width = 0.7 / len(bars)
-    for position, run in enumerate(found.runs):
+    for position, run in enumerate(runs):
         for number, (name, colour) in enumerate(bars.items()):
             place = position + (number - (len(bars) - 1) / 2) * width
-            value, compared = run.get(name), found.pairs[max(position - 1, 0)].compared[name]
+            value, compared = run.get(name), pairs[max(position - 1, 0)].compared[name]
             if value is None:
                 told = wording.UNKNOWN.replace(" ", "\n")
                 axes.annotate(told, (place, 0), (0, 3), textcoords="offset points", ha="center", fontsize=7, color=EDGE)
@@ -81,14 +82,14 @@ def _panel(axes: Any, found: SideBySide, title: str, unit: str, bars: dict[str, 
                 at += seconds
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_ylabel(unit)
-    axes.set_xticks(range(len(found.runs)), [textwrap.fill(run.label, 14) for run in found.runs])
-    axes.set_xlim(-0.6, len(found.runs) - 0.4)
+    axes.set_xticks(range(len(runs)), [textwrap.fill(run.label, 14) for run in runs])
+    axes.set_xlim(-0.6, len(runs) - 0.4)
     axes.margins(y=0.18)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     colours = dict(zip(LOAD_PARTS.values(), LOAD_COLOURS, strict=True)) if title == "Load" else {}
     if len(bars) > 1:
-        colours = {found.pairs[0].compared[name].quantity.title: colour for name, colour in bars.items()}
+        colours = {pairs[0].compared[name].quantity.title: colour for name, colour in bars.items()}
     if colours:
         patches = [Patch(color=colour, label=label) for label, colour in reversed(colours.items())]
         axes.legend(handles=patches, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

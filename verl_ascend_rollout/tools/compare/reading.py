@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,12 @@ def recorded(runs: Sequence[Run], path: str) -> list[Any]:
     return [] if None in values else values
 
 
+def differing(runs: Sequence[Run], path: str) -> list[Any]:
+    """Return a fact of each of the two runs, where both have recorded it and it is not the same; else nothing."""
+    values = recorded(runs, path)
+    return values if values and values[0] != values[1] else []
+
+
 def read(files: Sequence[str], labels: Sequence[str] = ()) -> list[Run]:
     """Read the reports, the first of which is the baseline.
 
@@ -71,8 +77,10 @@ def read(files: Sequence[str], labels: Sequence[str] = ()) -> list[Run]:
         raise ReportError(f"--label is given {len(labels)} times for {len(files)} reports: once for each, or never")
     found: list[Run] = []
     for file in files:
-        if any(_same_file(file, earlier.file) for earlier in found):
-            raise ReportError(f"{file} is given twice: a report compared with itself says nothing")
+        for earlier in found:
+            with contextlib.suppress(OSError):  # one that is not there is refused below
+                if os.path.samefile(file, earlier.file):
+                    raise ReportError(f"{file} is given twice: a report compared with itself says nothing")
         report = reports.read(file)
         for earlier in found:
             if report == earlier.report:
@@ -85,22 +93,15 @@ def read(files: Sequence[str], labels: Sequence[str] = ()) -> list[Run]:
     return [dataclasses.replace(run, label=label) for run, label in zip(found, given, strict=True)]
 
 
-def _same_file(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False
-
-
 def _problems(smoke: Smoke) -> Iterator[str]:
     """Yield what no run can have measured, beyond what the schema says."""
-    for output in (smoke.output, *smoke.more_outputs):
-        if output is not None and output.logprobs and len(output.logprobs) != len(output.token_ids):
-            yield f"output.logprobs has {len(output.logprobs)} values for {len(output.token_ids)} tokens"
-        if output is not None and output.prompt_logprobs:
-            values, asked = len(output.prompt_logprobs), len(output.prompt_token_ids)
-            if values != max(0, asked - 1):
-                yield f"output.prompt_logprobs has {values} values for {asked} prompt tokens: the first has none"
+    for output in filter(None, (smoke.output, *smoke.more_outputs)):
+        values, said = len(output.logprobs), len(output.token_ids)
+        if values not in (0, said):
+            yield f"output.logprobs has {values} values for {said} tokens"
+        values, asked = len(output.prompt_logprobs), len(output.prompt_token_ids)
+        if values not in (0, asked - 1):
+            yield f"output.prompt_logprobs has {values} values for {asked} prompt tokens: the first has none"
 
 
 def _given(labels: Sequence[str]) -> list[str]:
@@ -123,12 +124,10 @@ def _derived(runs: Sequence[Run]) -> list[str]:
         for label, run in zip(labels, runs, strict=True)
     ]
     labels = modes if len(set(modes)) > len(set(labels)) else labels
-    numbers: Counter[str] = Counter()
-    unique = []
-    for label in labels:
-        numbers[label] += 1
-        unique.append(f"{label} no.{numbers[label]}" if labels.count(label) > 1 else label)
-    return unique
+    return [
+        f"{label} no.{labels[: place + 1].count(label)}" if labels.count(label) > 1 else label
+        for place, label in enumerate(labels)
+    ]
 
 
 def _description(run: Run) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from verl_ascend_rollout.tools import wording
-from verl_ascend_rollout.tools.compare.reading import Run, recorded
+from verl_ascend_rollout.tools.compare.reading import Run, differing, recorded
 from verl_ascend_rollout.tools.smoke.measured import Call
 from verl_ascend_rollout.tools.smoke.tables import LOAD_PARTS, graphs
 
@@ -100,8 +100,9 @@ def _unknown(runs: Sequence[Run], path: str, what: str) -> Iterator[str]:
 
 
 def _refused(quantity: Quantity, base: Run, other: Run) -> Iterator[str]:
-    runs, values = (base, other), (base.get(quantity.name), other.get(quantity.name))
-    if None in values:
+    runs = (base, other)
+    values = recorded(runs, quantity.name)
+    if not values:
         yield from _unknown(runs, quantity.name, "not recorded in {}")
         return
     for run in runs if quantity.name != "memory.weights" else ():
@@ -114,14 +115,13 @@ def _refused(quantity: Quantity, base: Run, other: Run) -> Iterator[str]:
     yield from different_models(base, other)
     yield from _unknown(runs, "engine", "the engine's configuration is not recorded in {}")
     for kind in ("tensor", "pipeline", "data"):
-        sizes = recorded(runs, f"engine.{kind}_parallel")
-        if sizes and sizes[0] != sizes[1]:
+        if sizes := differing(runs, f"engine.{kind}_parallel"):
             yield f"{kind} parallel {sizes[0]} and {sizes[1]}"
-    if len(set(recorded(runs, "engine.expert_parallel"))) > 1:
+    if differing(runs, "engine.expert_parallel"):
         yield "experts are spread over the ranks in one of them only"
     if quantity.topic in ("first", "warm"):
         yield from _different_calls(quantity, base, other)
-    if values == (0, 0):
+    if values == [0, 0]:
         yield "there is none of it in either"
     elif 0 in values:
         none, some = (base, other) if values[0] == 0 else (other, base)
@@ -139,37 +139,32 @@ def different_models(base: Run, other: Run) -> Iterator[str]:
     if None in (base.smoke.model, other.smoke.model):
         yield from _unknown(runs, "model", "the model is not recorded in {}")
         return
-    configs, weights = recorded(runs, "model.config_hash"), recorded(runs, "model.weights_hash")
-    if base.get("model.tiny") != other.get("model.tiny"):
+    unknown = list(
+        _unknown(runs, "model.config_hash", "whether it is the same model is not recorded in {} (config_hash)")
+    )
+    if differing(runs, "model.tiny"):
         toy, real = (base, other) if base.get("model.tiny") else (other, base)
         yield f"{toy.label} loaded the toy model, {real.label} a real one"
-    elif not configs:
-        yield from _unknown(
-            runs, "model.config_hash", "whether it is the same model is not recorded in {} (config_hash)"
-        )
-    elif configs[0] != configs[1]:
-        yield "different models: their config.json differs"
-    elif weights and weights[0] != weights[1]:
+    elif unknown or differing(runs, "model.config_hash"):
+        yield from unknown or ["different models: their config.json differs"]
+    elif differing(runs, "model.weights_hash"):
         yield "different weights of one architecture: their files differ"
     for field in ("dtype", "quantization"):
-        values = recorded(runs, f"model.{field}")
-        if not values:
-            yield from _unknown(runs, f"model.{field}", f"the {field} is not recorded in {{}}")
-        elif values[0] != values[1]:
-            yield f"{field} {wording.name(values[0] or 'none', 20)} and {wording.name(values[1] or 'none', 20)}"
+        yield from _unknown(runs, f"model.{field}", f"the {field} is not recorded in {{}}")
+        if values := [wording.name(value or "none", 20) for value in differing(runs, f"model.{field}")]:
+            yield f"{field} {values[0]} and {values[1]}"
 
 
 def _different_calls(quantity: Quantity, base: Run, other: Run) -> Iterator[str]:
     runs = (base, other)
     calls: list[Call] = recorded(runs, quantity.topic)
     one, two = calls
-    prompts, ids = recorded(runs, "output.prompt"), recorded(runs, "output.prompt_token_ids")
     if one.prompt_tokens != two.prompt_tokens:
         yield f"{one.prompt_tokens:,} prompt tokens and {two.prompt_tokens:,}"
-    elif not prompts:
-        yield from _unknown(runs, "output", "the prompt is not recorded in {}")
-    elif ids[0] != ids[1] or prompts[0] != prompts[1]:
+    elif differing(runs, "output.prompt_token_ids") or differing(runs, "output.prompt"):
         yield "different prompts"
+    else:
+        yield from _unknown(runs, "output", "the prompt is not recorded in {}")
     if one.prompts != two.prompts:
         yield f"{wording.many(one.prompts, 'request')} at once and {two.prompts:,}"
     counts = (one.output_tokens, two.output_tokens)
@@ -200,8 +195,7 @@ def _remarks(quantity: Quantity, base: Run, other: Run) -> Iterator[str]:
     if quantity.topic in ("first", "warm"):
         if graphs(base) != graphs(other):
             yield f"{graphs(base)} and {graphs(other)}"
-        threads = recorded(runs, "platform.threads")
-        if threads and threads[0] != threads[1]:
+        if threads := differing(runs, "platform.threads"):
             yield f"{threads[0]} and {threads[1]} threads"
     if base.release and other.release and quantity.topic != "memory" and base.release != other.release:
         yield f"vLLM {base.release} and {other.release}"
@@ -218,7 +212,7 @@ def _remarks(quantity: Quantity, base: Run, other: Run) -> Iterator[str]:
         yield f"{wording.number(captured[0])} graphs and {wording.number(captured[1])}"
     if quantity.name in ("load.weights", "load.total"):
         yield "whether the files lay in the machine's file cache is not recorded"
-    if quantity.name == "memory.weights" and base.get(quantity.name) != other.get(quantity.name):
+    if quantity.name == "memory.weights" and differing(runs, quantity.name):
         yield "as they lie in memory: kernels may want them padded or repacked"
     if quantity.name in ("memory.kv_cache", "memory.kv_tokens"):
         yield "a setting decides it: what vLLM is given of the memory, less the weights"

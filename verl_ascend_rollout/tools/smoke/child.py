@@ -16,12 +16,16 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from verl_ascend_rollout.engine import causes
 from verl_ascend_rollout.tools.report import Check
-from verl_ascend_rollout.tools.smoke.engine import Answer, Engine, Prompt
+from verl_ascend_rollout.tools.smoke.engine import Engine
+from verl_ascend_rollout.tools.smoke.measured import Output
 from verl_ascend_rollout.tools.supervisor import FD_VARIABLE
 
 BATCH = ("Name three colours.", "Count from one to ten.", "Hello")
@@ -36,16 +40,14 @@ class Teller:
         self._file = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
 
     def tell(self, kind: str, **content: Any) -> None:
-        self._file.write(json.dumps({"kind": kind, **content}) + "\n")
+        # msgspec's own JSON has null for NaN, and an engine that computes NaN is what smoke is there to report.
+        self._file.write(json.dumps({"kind": kind, **msgspec.to_builtins(content)}) + "\n")
 
     def fact(self, name: str, value: Any) -> None:
         self.tell("fact", name=name, value=value)
 
-    def check(self, check: Check, seconds: float | None = None) -> None:
-        import msgspec
-
-        told = msgspec.to_builtins(check)
-        self.tell("check", value=told if seconds is None else {**told, "seconds": seconds})
+    def check(self, check: Check, seconds: float = 0.0) -> None:
+        self.tell("check", value=replace(check, seconds=seconds))
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -88,17 +90,17 @@ def _engine(asked: dict[str, Any], teller: Teller) -> None:
     room, most = asked["arguments"].get("max_model_len"), asked["max_tokens"]
     with teller.phase("generate"):
         prompts = tuple(engine.prompt(text) for text in asked["prompts"])
-        longest = max(len(prompt.tokens) for prompt in prompts)
+        longest = max(len(prompt.prompt_token_ids) for prompt in prompts)
         if room is not None and longest + most > room:
             raise ValueError(
                 f"a prompt of {longest} tokens and {most} to answer it do not fit into {room}: say a smaller "
                 "--max-tokens, a larger --max-model-len, or a shorter --prompt"
             )
         first = _timed(engine, prompts[0], most, asked["repeats"], teller)
-        teller.fact("outputs", [_output(engine, prompt, most) for prompt in prompts])
+        teller.fact("outputs", [_scored(engine, prompt, most) for prompt in prompts])
     others = [engine.prompt(text) for text in BATCH]
     setting = trials.Setting(
-        prompts=(*prompts, *(other for other in others if room is None or len(other.tokens) + most <= room)),
+        prompts=(*prompts, *(other for other in others if room is None or len(other.prompt_token_ids) + most <= room)),
         quantization=facts[0]["quantization"],
         **{field: asked[field] for field in ("max_tokens", "files", "why_no_sleep", "weight_path")},
     )
@@ -116,13 +118,13 @@ def _engine(asked: dict[str, Any], teller: Teller) -> None:
             teller.check(trial(engine, setting, before), time.perf_counter() - begun)
 
 
-def _timed(engine: Engine, prompt: Prompt, most: int, repeats: int, teller: Teller) -> Answer:
+def _timed(engine: Engine, prompt: Output, most: int, repeats: int, teller: Teller) -> Output:
     """Tell the first call's time and the warm one's, and return the first answer."""
     seconds, first = engine.timed_answer(prompt, most)
 
     def call(seconds: float) -> dict[str, Any]:
-        counts = {"prompt_tokens": len(prompt.tokens), "output_tokens": len(first.tokens)}
-        return {"seconds": seconds, **counts, "tokens_per_second": len(first.tokens) / seconds}
+        counts = {"prompt_tokens": len(prompt.prompt_token_ids), "output_tokens": len(first.token_ids)}
+        return {"seconds": seconds, **counts, "tokens_per_second": len(first.token_ids) / seconds}
 
     teller.fact("first", call(seconds))
     # What the first call left to be done once, a second may do as well: caches of kernels for its exact shapes.
@@ -132,21 +134,12 @@ def _timed(engine: Engine, prompt: Prompt, most: int, repeats: int, teller: Tell
     return first
 
 
-def _output(engine: Engine, prompt: Prompt, most: int) -> dict[str, Any]:
-    """Return what the engine says to a prompt, as `measured.Output` has it."""
+def _scored(engine: Engine, prompt: Output, most: int) -> Output:
+    """Return what the engine says to a prompt, with the log-probabilities of the prompt's own tokens."""
     (answer,) = engine.fresh_answers([prompt], most)
     engine.forget()
     (scored,) = engine.answer([prompt], 1, prompt_logprobs=True)
-    return {
-        "prompt": prompt.text,
-        "prompt_token_ids": prompt.tokens,
-        "text": answer.text,
-        "token_ids": answer.tokens,
-        "logprobs": answer.logprobs,
-        "prompt_logprobs": scored.prompt_logprobs,
-        "finish_reason": answer.finish_reason,
-        "chat_template": prompt.chat_template,
-    }
+    return replace(answer, prompt_logprobs=scored.prompt_logprobs)
 
 
 def _reference(asked: dict[str, Any], teller: Teller) -> None:

@@ -6,72 +6,53 @@ import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from verl_ascend_rollout.tools.smoke.measured import Output
 from verl_ascend_rollout.worker import worker_rpc
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What the engine is asked."""
-
-    text: str  # as the user wrote it
-    tokens: tuple[int, ...]  # what it became
-    chat_template: bool = False  # whether the tokenizer's chat template was used
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the engine said to one prompt, greedily; log-probabilities are natural logarithms."""
-
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    prompt_logprobs: tuple[float, ...]
-    text: str
-    finish_reason: str | None
-
-
 class Engine:
-    """A running engine."""
+    """A running engine, given those of the arguments that this vLLM has.  A prompt is an `Output` without an answer."""
 
     def __init__(self, model: str, arguments: Mapping[str, Any]) -> None:
         from vllm import LLM
+        from vllm.engine.arg_utils import EngineArgs
 
-        known = known_arguments(arguments)
+        fields = {field.name for field in dataclasses.fields(EngineArgs)}
+        known = {name: value for name, value in arguments.items() if name in fields}
         _say_kv_space(known)
         self.llm = LLM(model=model, **known)
-        self.seed = arguments.get("seed", 0)
 
-    def prompt(self, text: str) -> Prompt:
+    def prompt(self, text: str) -> Output:
         """Return a prompt as the model wants it: through the tokenizer's chat template, where it has one."""
         tokenizer = self.llm.get_tokenizer()
         if getattr(tokenizer, "chat_template", None):
             rendered = tokenizer.apply_chat_template(
                 [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
             )
-            return Prompt(text, tuple(tokenizer.encode(rendered, add_special_tokens=False)), True)
-        return Prompt(text, tuple(tokenizer.encode(text)))
+            return Output(text, tuple(tokenizer.encode(rendered, add_special_tokens=False)), chat_template=True)
+        return Output(text, tuple(tokenizer.encode(text)))
 
-    def answer(self, prompts: Sequence[Prompt], max_tokens: int, *, prompt_logprobs: bool = False) -> list[Answer]:
+    def answer(self, prompts: Sequence[Output], max_tokens: int, *, prompt_logprobs: bool = False) -> list[Output]:
         """Generate greedy answers to the prompts, in one batch."""
         from vllm import SamplingParams
 
         sampling = SamplingParams(
             temperature=0.0, max_tokens=max_tokens, logprobs=0, prompt_logprobs=0 if prompt_logprobs else None
         )
-        asked = [{"prompt_token_ids": list(prompt.tokens)} for prompt in prompts]
-        outputs = self.llm.generate(asked, sampling, use_tqdm=False)
-        return [_answer(output) for output in outputs]
+        asked = [{"prompt_token_ids": list(prompt.prompt_token_ids)} for prompt in prompts]
+        said = self.llm.generate(asked, sampling, use_tqdm=False)
+        return [_answered(prompt, output) for prompt, output in zip(prompts, said, strict=True)]
 
-    def timed_answer(self, prompt: Prompt, max_tokens: int) -> tuple[float, Answer]:
+    def timed_answer(self, prompt: Output, max_tokens: int) -> tuple[float, Output]:
         """Return the seconds of one call, and what it gave; nothing of the prompt is cached from before."""
         self.forget()
         started = time.perf_counter()
         (answer,) = self.answer([prompt], max_tokens)
         return time.perf_counter() - started, answer
 
-    def fresh_answers(self, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
+    def fresh_answers(self, prompts: Sequence[Output], max_tokens: int) -> list[Output]:
         """Answer each prompt by itself: the shape of a batch decides in which order a kernel adds."""
         return [self.timed_answer(prompt, max_tokens)[1] for prompt in prompts]
 
@@ -87,14 +68,6 @@ class Engine:
         """
         call = {"method": method, "keywords": keywords}
         return worker_rpc.unwrap(method, self.llm.collective_rpc("ascend_safe_call", kwargs=call))
-
-
-def known_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments that this vLLM has."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    fields = {field.name for field in dataclasses.fields(EngineArgs)}
-    return {name: value for name, value in arguments.items() if name in fields}
 
 
 def _say_kv_space(arguments: Mapping[str, Any]) -> None:
@@ -113,17 +86,15 @@ def _say_kv_space(arguments: Mapping[str, Any]) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(-(-size // 2**30)))
 
 
-def _answer(output: Any) -> Answer:
+def _answered(prompt: Output, output: Any) -> Output:
     completion = output.outputs[0]
     tokens = tuple(completion.token_ids)
-    asked = output.prompt_token_ids
-    before = output.prompt_logprobs or []
-    return Answer(
-        tokens=tokens,
-        logprobs=tuple(step[token].logprob for token, step in zip(tokens, completion.logprobs or [], strict=True)),
-        prompt_logprobs=tuple(
-            step[token].logprob for token, step in zip(asked, before, strict=False) if step is not None
-        ),
+    before = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=False)
+    return dataclasses.replace(
+        prompt,
         text=completion.text,
+        token_ids=tokens,
+        logprobs=tuple(step[token].logprob for token, step in zip(tokens, completion.logprobs or [], strict=True)),
+        prompt_logprobs=tuple(step[token].logprob for token, step in before if step is not None),
         finish_reason=completion.finish_reason,
     )

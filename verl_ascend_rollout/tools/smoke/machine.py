@@ -27,6 +27,12 @@ DISTRIBUTIONS = (
     "ray",
 )
 
+DRIVER = {
+    "cuda": (["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], r"(\S.*?)\s*(?:\n|$)"),
+    "npu": (["npu-smi", "info"], r"Version:\s*([\w.]+)"),  # "| npu-smi 25.2.0    Version: 25.2.0   |"
+}
+"""What to ask for the driver's version, and where it is in the answer."""
+
 
 def versions(facts: PlatformFacts) -> dict[str, str]:
     """Versions of the packages that matter, ours and Python's among them."""
@@ -39,14 +45,11 @@ def versions(facts: PlatformFacts) -> dict[str, str]:
 
 def driver(platform: str) -> str | None:
     """Return the driver's version, by nvidia-smi or npu-smi; `None` on a CPU, or where the tool is not there."""
-    if platform == "cuda":
-        answer = ask_smi(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or ""
-        return answer.strip().splitlines()[0].strip() if answer.strip() else None
-    if platform == "npu":
-        # "| npu-smi 25.2.0    Version: 25.2.0   |"
-        match = re.search(r"Version:\s*([\w.]+)", ask_smi(["npu-smi", "info"]) or "")
-        return match[1] if match else None
-    return None
+    if platform not in DRIVER:
+        return None
+    command, version = DRIVER[platform]
+    match = re.search(version, ask_smi(command) or "")
+    return match[1] if match else None
 
 
 def processor() -> str | None:

@@ -7,7 +7,7 @@ A value that could not be found is `None`, never 0.  Times are seconds, sizes ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -130,6 +130,11 @@ class Output:
     prompt_logprobs: tuple[LogProb, ...] = ()  # of each prompt token but the first, given those before it
     finish_reason: str | None = None  # `stop` or `length`
     chat_template: bool = False  # whether the prompt went through the tokenizer's chat template
+
+
+def equal_from_first(one: Sequence[int], two: Sequence[int]) -> int:
+    """Return how many tokens are equal, from the first."""
+    return next((place for place, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
 
 
 @dataclass(frozen=True)

@@ -197,18 +197,13 @@ def _local(model: str) -> Checkpoint | None:
         raise RequestError(f"{model} is a file: give the folder of a checkpoint, or a name on the hub")
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise RequestError(f"the folder {model} is not there: give a checkpoint's folder, a hub name, or --tiny")
-    snapshot = _cached(model)
-    return checkpoint.read(snapshot) if snapshot is not None else None
-
-
-def _cached(name: str) -> Path | None:
-    """Return a model of the hub in this machine's cache."""
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, local_files_only=True))
+        snapshot = Path(snapshot_download(model, local_files_only=True))
     except Exception:
         return None  # not here, or no hub client: vLLM will look for it in its own way, and say what is wrong
+    return checkpoint.read(snapshot)
 
 
 def _arguments(
@@ -216,40 +211,32 @@ def _arguments(
 ) -> dict[str, Any]:
     known = found.get("max_position_embeddings", "max_sequence_length", "seq_length") if found is not None else None
     length = options.max_model_len or (min(MAX_MODEL_LEN, known) if isinstance(known, int) else None)
-    arguments: dict[str, Any] = {
+    kv_bytes = int(options.kv_gib * 2**30) if options.kv_gib is not None else None
+    if kv_bytes is None and options.memory is None:
+        kv_bytes = TINY_KV_BYTES if options.tiny else CPU_KV_BYTES if facts.name == "cpu" else None
+    eager = decisions["enforce_eager"].value
+    graphs = {name: decisions[name].value for name in ("cudagraph_mode", "cudagraph_capture_sizes")}
+    arguments = {
         "dtype": options.dtype,
         "seed": options.seed,
         "tensor_parallel_size": options.tensor_parallel,
+        "enable_expert_parallel": options.expert_parallel or None,
         "max_num_seqs": MAX_NUM_SEQS,
-        "enforce_eager": decisions["enforce_eager"].value,
+        "max_model_len": length,
+        "enforce_eager": eager,
         "enable_sleep_mode": decisions["enable_sleep_mode"].value,
         "enable_prefix_caching": True,
         "worker_extension_cls": WORKER,
         "trust_remote_code": options.trust_remote_code,
-    }
-    if options.expert_parallel:
-        arguments["enable_expert_parallel"] = True
-    if length is not None:
-        arguments["max_model_len"] = length
-    if options.memory is not None:
-        arguments["gpu_memory_utilization"] = options.memory
-    elif options.tiny:
-        arguments["gpu_memory_utilization"] = 0.1
-    kv_bytes = int(options.kv_gib * 2**30) if options.kv_gib is not None else None
-    if kv_bytes is None and options.memory is None:
-        kv_bytes = TINY_KV_BYTES if options.tiny else CPU_KV_BYTES if facts.name == "cpu" else None
-    if kv_bytes is not None:
-        arguments["kv_cache_memory_bytes"] = kv_bytes
-    if facts.name == "cpu":
+        "gpu_memory_utilization": options.memory or (0.1 if options.tiny else None),
+        "kv_cache_memory_bytes": kv_bytes,
         # vLLM's default of 128 on a CPU is longer than a short prompt: no block of it would ever be cached.
-        arguments["block_size"] = 32
-    compilation = {
-        name: decisions[name].value
-        for name in ("cudagraph_mode", "cudagraph_capture_sizes")
-        if decisions[name].value is not None
+        "block_size": 32 if facts.name == "cpu" else None,
+        "compilation_config": None if eager else _given(graphs) or None,
+        "additional_config": decisions.additional_config or None,
     }
-    if compilation and not arguments["enforce_eager"]:
-        arguments["compilation_config"] = compilation
-    if decisions.additional_config:
-        arguments["additional_config"] = decisions.additional_config
-    return arguments
+    return _given(arguments)
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}

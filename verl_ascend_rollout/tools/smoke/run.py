@@ -55,8 +55,8 @@ CHECK_NAMES = (
 )
 """In the order of the report."""
 
-OPTIONAL = ("kv-cache.free-init", "weights.reload", "sleep.wake", parity.NAME, "log.warnings")
-"""Those that `--skip` may name."""
+OPTIONAL = CHECK_NAMES[CHECK_NAMES.index("output.finite") + 1 :]
+"""Those that `--skip` may name: no run is without a start and an answer."""
 
 Show = Callable[[str], None]
 
@@ -285,8 +285,8 @@ def make_report(found: Run, facts: Smoke) -> Report:
     """Return the report of what was found, whole or not."""
     checks = {**found.checks, "log.warnings": _warnings_check(found, facts)}
     for name in CHECK_NAMES:
-        if name not in checks:
-            checks[name] = Check(name, "skip", f"not reached: it ended in the phase {found.ended_in!r}", risk="medium")
+        told = f"not reached: it ended in the phase {found.ended_in!r}"
+        checks.setdefault(name, Check(name, "skip", told, risk="medium"))
     # What ended in a phase that is no check comes after `engine.start`.
     place = {name: number for number, name in enumerate(CHECK_NAMES)}
     ordered = sorted(checks.values(), key=lambda check: place.get(check.name, 1))
@@ -346,12 +346,13 @@ def _model(request: Request, worker: Mapping[str, Any]) -> measured.Model:
         name = "tiny Qwen1.5-MoE (random weights)"
     elif checkpoint is None or Path(name).exists():  # else it is the hub's name
         name = name.rstrip("/").rpartition("/")[2]
-    loaded = {"dtype": worker.get("dtype"), "quantization": worker.get("quantization", "")}
+    quantization = worker.get("quantization", "")
+    loaded = measured.Model(name, worker.get("model_class"), dtype=worker.get("dtype"), quantization=quantization)
     if checkpoint is None:
-        return measured.Model(name, worker.get("model_class"), **loaded)
+        return loaded
     active = checkpoint.get("num_experts_per_tok", "moe_top_k", "num_experts_per_token")
-    return measured.Model(
-        name=name,
+    return replace(
+        loaded,
         architecture=(checkpoint.config.get("architectures") or [None])[0],
         tiny=options.tiny,
         config_hash=checkpoint.config_hash,
@@ -360,7 +361,6 @@ def _model(request: Request, worker: Mapping[str, Any]) -> measured.Model:
         layers=checkpoint.facts.layers,
         experts=checkpoint.facts.experts or None,
         experts_per_token=active if isinstance(active, int) else None,
-        **loaded,
     )
 
 

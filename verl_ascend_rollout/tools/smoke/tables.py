@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 from verl_ascend_rollout.tools import wording
 from verl_ascend_rollout.tools.report import Section
-from verl_ascend_rollout.tools.smoke.measured import Warned
+from verl_ascend_rollout.tools.smoke.measured import Call, Warned
 from verl_ascend_rollout.tools.wording import UNKNOWN
 
 MOST_WARNINGS = 30
@@ -42,9 +43,9 @@ Rows = Mapping[str, str | Callable[[Facts], str]]
 
 def shown(value: Any) -> str:
     """Return any fact as people read it."""
-    if value is None or isinstance(value, bool):
-        return wording.truth(value)
-    if isinstance(value, int | float):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or isinstance(value, int | float):
         return wording.number(value)
     if isinstance(value, tuple | list):
         return ", ".join(wording.name(part, 40) for part in value[:30]) or "none"
@@ -101,38 +102,29 @@ def machine(run: Facts) -> str:
     return f"{count:,} x {told}" if count and count > 1 else told
 
 
-def _call(which: str) -> Callable[[Facts], str]:
-    def told(run: Facts) -> str:
-        call = run.get(which)
-        if call is None:
-            return UNKNOWN
-        words = f"{wording.seconds(call.seconds)} for {wording.many(call.output_tokens, 'token')}"
-        words += f" after {call.prompt_tokens:,} of the prompt"
-        if call.prompts != 1:
-            words += f" in {wording.many(call.prompts, 'request')}"
-        if call.repeats > 1:
-            spread = f", slowest over fastest {call.spread:.2f})" if call.spread else ")"
-            words += f" (median of {call.repeats}{spread}"
-        return words
-
-    return told
+def _of(path: str, how: Callable[[Any], str]) -> Callable[[Facts], str]:
+    return lambda run: how(run.get(path))
 
 
-def _rate(which: str) -> Callable[[Facts], str]:
-    path = f"{which}.tokens_per_second"
-    return lambda run: UNKNOWN if run.get(path) is None else f"{wording.number(run.get(path))} tokens/s"
+def _call(call: Call | None) -> str:
+    if call is None:
+        return UNKNOWN
+    words = f"{wording.seconds(call.seconds)} for {wording.many(call.output_tokens, 'token')}"
+    words += f" after {call.prompt_tokens:,} of the prompt"
+    if call.prompts != 1:
+        words += f" in {wording.many(call.prompts, 'request')}"
+    if call.repeats > 1:
+        spread = f", slowest over fastest {call.spread:.2f}" if call.spread else ""
+        words += f" (median of {call.repeats}{spread})"
+    return words
 
 
-def _size(field: str) -> Callable[[Facts], str]:
-    return lambda run: wording.size(run.get(f"memory.{field}"))
+def _rate(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{wording.number(value)} tokens/s"
 
 
-def _seconds(field: str) -> Callable[[Facts], str]:
-    return lambda run: wording.seconds(run.get(f"load.{field}"))
-
-
-def _hash(field: str) -> Callable[[Facts], str]:
-    return lambda run: shown((run.get(f"model.{field}") or "")[:SHOWN_HASH] or None)
+def _hash(value: str | None) -> str:
+    return shown((value or "")[:SHOWN_HASH] or None)
 
 
 def _said(run: Facts) -> str:
@@ -153,13 +145,13 @@ SUMMARY: Rows = {
     "model": "model.name",
     "platform": lambda run: machine(run) + (" (stand-in)" if run.get("platform.stand_in") else ""),
     "vLLM": lambda run: wording.name(run.get("vllm"), 40) if run.get("vllm") else UNKNOWN,
-    "load": _seconds("total"),
-    "first call": _call("first"),
-    "warm call": _call("warm"),
-    "warm rate": _rate("warm"),
+    "load": _of("load.total", wording.seconds),
+    "first call": _of("first", _call),
+    "warm call": _of("warm", _call),
+    "warm rate": _of("warm.tokens_per_second", _rate),
     "graphs": graphs,
-    "weights": _size("weights"),
-    "KV cache": _size("kv_cache"),
+    "weights": _of("memory.weights", wording.size),
+    "KV cache": _of("memory.kv_cache", wording.size),
     "prompt → text": _said,
 }
 
@@ -172,8 +164,8 @@ MODEL: Rows = {
     "experts": _experts,
     "dtype": "model.dtype",
     "quantization": "model.quantization",
-    "config.json (SHA-256)": _hash("config_hash"),
-    "weights (SHA-256)": _hash("weights_hash"),
+    "config.json (SHA-256)": _of("model.config_hash", _hash),
+    "weights (SHA-256)": _of("model.weights_hash", _hash),
 }
 
 CONFIGURATION: Rows = {
@@ -203,22 +195,22 @@ CONFIGURATION: Rows = {
     "chunked prefill": "engine.chunked_prefill",
 }
 
-LOAD: Rows = {title: _seconds(part) for part, title in LOAD_PARTS.items()} | {"in all": _seconds("total")}
+LOAD: Rows = {title: _of(f"load.{part}", wording.seconds) for part, title in (*LOAD_PARTS.items(), ("total", "in all"))}
 
 INFERENCE: Rows = {
-    "first call": _call("first"),
-    "first call, rate": _rate("first"),
-    "warm call": _call("warm"),
-    "warm call, rate": _rate("warm"),
+    "first call": _of("first", _call),
+    "first call, rate": _of("first.tokens_per_second", _rate),
+    "warm call": _of("warm", _call),
+    "warm call, rate": _of("warm.tokens_per_second", _rate),
     "graphs": graphs,
 }
 
 MEMORY: Rows = {
-    "weights": _size("weights"),
-    "KV cache": _size("kv_cache"),
+    "weights": _of("memory.weights", wording.size),
+    "KV cache": _of("memory.kv_cache", wording.size),
     "tokens in the KV cache": "memory.kv_tokens",
-    "of the device": _size("device_total"),
-    "free once the engine ran": _size("device_free_after"),
+    "of the device": _of("memory.device_total", wording.size),
+    "free once the engine ran": _of("memory.device_free_after", wording.size),
 }
 MEMORY_TEXT = "Of one worker, the largest where there are several; on a CPU the device is the machine's memory."
 
@@ -234,23 +226,21 @@ def versions(runs: Mapping[str, Facts]) -> Section:
     return Section("Versions", columns=("package", *runs, ""), rows=tuple(rows))
 
 
-def warnings(runs: Mapping[str, Facts], *, harmless: bool) -> Section:
-    """Return the warnings that are known to be harmless, or those that are not known."""
-    title = "Warnings that are known to be harmless" if harmless else "Warnings that are not known here"
-    lines: list[tuple[Warned, ...]] = [
-        run.get(f"warnings.{'harmless' if harmless else 'unknown'}") for run in runs.values()
-    ]
-    kinds: dict[str, Warned] = {}
-    for warned in (warned for warnings in lines for warned in warnings):
-        kinds.setdefault(warned.text, warned)
-    if not kinds:
-        return Section(title, "None.")
-    rows = []
-    for text, warned in list(kinds.items())[:MOST_WARNINGS]:
-        counts = [sum(line.count for line in warnings if line.text == text) for warnings in lines]
-        why = f"{wording.quoted(warned.why, 240)} ({wording.quoted(warned.source, 120) or 'source not recorded'})"
-        rows.append((wording.quoted(text, 240), *map(wording.number, counts), *([why] if harmless else [])))
-    told = f"How often each line came. {wording.many(len(kinds), 'kind')} in all."
-    if len(kinds) > MOST_WARNINGS:
-        told += f" The first {MOST_WARNINGS} are shown; the reports have them all."
-    return Section(title, told, ("line", *runs, *(["why it is harmless"] if harmless else [])), tuple(rows))
+def warnings(runs: Mapping[str, Facts]) -> Iterator[Section]:
+    """Yield the warnings that are known to be harmless, and those that are not known."""
+    for title, which in (("are known to be harmless", "harmless"), ("are not known here", "unknown")):
+        lines: list[tuple[Warned, ...]] = [run.get(f"warnings.{which}") for run in runs.values()]
+        kinds: dict[str, Warned] = {}
+        for warned in itertools.chain(*lines):
+            kinds.setdefault(warned.text, warned)
+        why = ["why it is harmless"] if which == "harmless" else []
+        rows = []
+        for text, warned in list(kinds.items())[:MOST_WARNINGS]:
+            counts = [sum(line.count for line in of_run if line.text == text) for of_run in lines]
+            told = f"{wording.quoted(warned.why, 240)} ({wording.quoted(warned.source, 120) or 'source not recorded'})"
+            rows.append((wording.quoted(text, 240), *map(wording.number, counts), *([told] if why else [])))
+        text = f"How often each line came. {wording.many(len(kinds), 'kind')} in all."
+        if len(kinds) > MOST_WARNINGS:
+            text += f" The first {MOST_WARNINGS} are shown; the reports have them all."
+        title = f"Warnings that {title}"
+        yield Section(title, text, ("line", *runs, *why), tuple(rows)) if kinds else Section(title, "None.")

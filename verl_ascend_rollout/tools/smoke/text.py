@@ -20,24 +20,19 @@ TINY_NOTE = (
 )
 
 
-def stack(facts: Smoke) -> str:
-    """Return what the model ran on, in words; a stand-in for hardware is named, and the hardware then is not."""
-    platform = facts.platform
-    if platform is None:
-        return "nothing"
+def title(facts: Smoke) -> str:
+    """Return the report's heading: the model, and on what it ran; where something stands in for hardware, that is named
+    and the hardware is not."""
+    platform, stack = facts.platform, "nothing"
     known = {name: f"{name} {version}" for name, version in facts.versions.items()}
     vllm = f"vLLM {facts.vllm}" if facts.vllm else "vLLM"
-    if platform.stand_in:
+    if platform is not None and platform.stand_in:
         real = [known[name] for name in ("torch-npu", "vllm-ascend") if name in known]
-        return f"real {', '.join([*real, vllm])} on {platform.stand_in}"
-    plugin = f", {known['vllm-ascend']}" if platform.name == "npu" and "vllm-ascend" in known else ""
-    return f"{vllm}{plugin} on {PLATFORMS[platform.name]}"
-
-
-def title(facts: Smoke) -> str:
-    """Return the report's heading."""
-    name = facts.model.name if facts.model is not None else "no model"
-    return f"vLLM inference verification: {name}, {stack(facts)}"
+        stack = f"real {', '.join([*real, vllm])} on {platform.stand_in}"
+    elif platform is not None:
+        plugin = f", {known['vllm-ascend']}" if platform.name == "npu" and "vllm-ascend" in known else ""
+        stack = f"{vllm}{plugin} on {PLATFORMS[platform.name]}"
+    return f"vLLM inference verification: {facts.model.name if facts.model is not None else 'no model'}, {stack}"
 
 
 def sections(facts: Smoke, decisions: Decisions, phases: Mapping[str, float]) -> Iterator[Section]:
@@ -56,8 +51,7 @@ def sections(facts: Smoke, decisions: Decisions, phases: Mapping[str, float]) ->
     calls = {**tables.LOAD, **tables.INFERENCE}
     yield tables.table("Where the time went", calls, runs, text, every=True, more=trials)
     yield tables.table("Memory", tables.MEMORY, runs, tables.MEMORY_TEXT)
-    yield tables.warnings({"times": facts}, harmless=True)
-    yield tables.warnings({"times": facts}, harmless=False)
+    yield from tables.warnings({"times": facts})
     yield Section(
         "Decisions",
         "What was decided for this platform, and why (`ascend-safe explain` prints the same).",

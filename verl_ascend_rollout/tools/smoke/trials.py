@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from verl_ascend_rollout.tools.report import Check, Evidence
-from verl_ascend_rollout.tools.smoke.engine import Answer, Engine, Prompt
+from verl_ascend_rollout.tools.smoke.engine import Engine
+from verl_ascend_rollout.tools.smoke.measured import Output, equal_from_first
 
 MIB = 2**20
 
@@ -24,7 +26,7 @@ NEAR = 0.1
 class Setting:
     """What the trials need to know beside the engine."""
 
-    prompts: tuple[Prompt, ...]  # the user's, the first of which is the one that counts, and others for a batch
+    prompts: tuple[Output, ...]  # the user's, the first of which is the one that counts, and others for a batch
     max_tokens: int  # of each answer
     files: Sequence[str]  # with the model's own weights; none where they are not on this machine in safetensors
     why_no_sleep: str  # empty: the engine has sleep mode
@@ -36,14 +38,22 @@ class Setting:
 class Baseline:
     """What the engine answers as it was started, and how much two calls alike differ."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[Output, ...]
     noise: float
+
+
+class Again(NamedTuple):
+    """The answers to the same prompts later on, beside those of the baseline."""
+
+    alike: bool  # the same tokens, and log-probabilities as near as those of two calls alike
+    others: bool  # other tokens, or log-probabilities that are further apart
+    told: str
 
 
 Trial = Callable[[Engine, Setting, Baseline], Check]
 
 
-def baseline(engine: Engine, setting: Setting, first: Answer) -> tuple[Baseline, Check, Check]:
+def baseline(engine: Engine, setting: Setting, first: Output) -> tuple[Baseline, Check, Check]:
     """Ask twice, and in a batch with others; the checks `output.deterministic` and `output.finite`."""
     once = engine.fresh_answers(setting.prompts, setting.max_tokens)
     again = engine.fresh_answers(setting.prompts, setting.max_tokens)
@@ -55,19 +65,19 @@ def baseline(engine: Engine, setting: Setting, first: Answer) -> tuple[Baseline,
     return found, _deterministic(twice, list(zip(once, batch, strict=True))), _finite([first, *once, *again, *batch])
 
 
-def _deterministic(twice: Sequence[tuple[Answer, Answer]], batched: Sequence[tuple[Answer, Answer]]) -> Check:
+def _deterministic(twice: Sequence[tuple[Output, Output]], batched: Sequence[tuple[Output, Output]]) -> Check:
     name = "output.deterministic"
     noise, in_batch = (max(difference(*pair) for pair in pairs) for pairs in (twice, batched))
-    count, tokens = len(batched), len(batched[0][0].tokens)
+    count, tokens = len(batched), len(batched[0][0].token_ids)
     evidence = _probes(
         f"each prompt twice, by itself: log-probabilities differ by {_shown(noise)} at most",
         f"{count} prompts in one batch: they differ by {_shown(in_batch)} at most from those alone",
     )
-    again, other = ([pair for pair in pairs if pair[0].tokens != pair[1].tokens] for pairs in (twice, batched))
+    again, other = ([pair for pair in pairs if pair[0].token_ids != pair[1].token_ids] for pairs in (twice, batched))
     if not again and not other:
         told = f"the same {tokens} tokens on each call, alone and in a batch of {count}"
         return Check(name, "pass", told, evidence, risk="high")
-    evidence += _probes(*(sentence for pair in again or other for sentence in _where(*pair)))
+    evidence += _probes(*(_where(*pair) for pair in again or other))
     told = f"the same tokens on each call alone; in a batch {len(other)} of {count} answers differ"
     if again:
         told = "the same prompt, greedily, gave other tokens the second time"
@@ -84,7 +94,7 @@ def _deterministic(twice: Sequence[tuple[Answer, Answer]], batched: Sequence[tup
     return Check(name, "fail", told, evidence, risk="high", advice=advice)
 
 
-def _finite(answers: Sequence[Answer]) -> Check:
+def _finite(answers: Sequence[Output]) -> Check:
     name = "output.finite"
     numbers = [number for answer in answers for number in (*answer.logprobs, *answer.prompt_logprobs)]
     bad = [number for number in numbers if not math.isfinite(number) or number > 1e-3]
@@ -112,7 +122,7 @@ def kv_cache(engine: Engine, setting: Setting, before: Baseline) -> Check:
         return Check(name, "skip", f"nothing safe gives the KV cache back here: {why}", not_here, risk="medium")
     calls = ("free_cache_engine", "free_cache_engine", "init_cache_engine", "init_cache_engine")
     freed, freed_again, made, made_again = (engine.ask(call) for call in calls)
-    after = _ask_again(engine, setting)
+    after = _ask_again(engine, setting, before)
     gone = sum(change["bytes_before"] - change["bytes_after"] for change in freed)
     back = sum(change["bytes_after"] - change["bytes_before"] for change in made)
     seconds = [max(change["seconds"] for change in changes) for changes in (freed, made)]
@@ -121,14 +131,14 @@ def kv_cache(engine: Engine, setting: Setting, before: Baseline) -> Check:
         f"by {method}: {gone / MIB:.1f} MiB given back in {seconds[0]:.3f} s on {len(freed)} worker(s)",
         f"resident memory of the worker(s) fell by {resident / MIB:.1f} MiB",
         f"{back / MIB:.1f} MiB taken again in {seconds[1]:.3f} s",
-        _compared(before, after),
+        after.told,
     )
     wrong = {
         "it did not free anything": gone <= 0,
         "it took back another amount than it gave": gone != back,
         "a second free did something": any(change["changed"] for change in freed_again),
         "a second init did something": any(change["changed"] for change in made_again),
-        "the answers afterwards differ": not _alike(before, after),
+        "the answers afterwards differ": not after.alike,
     }
     right = (
         f"{gone / MIB:.1f} MiB given back and taken again by {method}; a second time changes nothing; the answers "
@@ -149,21 +159,19 @@ def weights(engine: Engine, setting: Setting, before: Baseline) -> Check:
     said, answers = [], []
     for changed in (False, True, False):
         said.append(engine.ask("ascend_safe_reload_from_disk", path=list(setting.files), changed=changed))
-        answers.append(_ask_again(engine, setting))
+        answers.append(_ask_again(engine, setting, before))
     own, others, own_again = answers
     seconds = [max(worker["seconds"] for worker in workers) for workers in said]
-    changed_by = max(difference(a, b) for a, b in zip(before.answers, others, strict=True))
-    different = [a.tokens for a in before.answers] != [a.tokens for a in others] or changed_by > max(before.noise, 1e-6)
     evidence = _probes(
         f"{said[0][0]['tensors']} tensors, {said[0][0]['bytes'] / MIB:.1f} MiB a worker, in {seconds[0]:.3f} s",
-        f"own weights: {_compared(before, own)}",
-        f"other weights (each tensor turned by one place): {_compared(before, others)}",
-        f"own weights again, in {seconds[2]:.3f} s: {_compared(before, own_again)}",
+        f"own weights: {own.told}",
+        f"other weights (each tensor turned by one place): {others.told}",
+        f"own weights again, in {seconds[2]:.3f} s: {own_again.told}",
     )
     wrong = {
-        "after a reload of the model's own weights the answers differ": not _alike(before, own),
-        "other weights changed nothing: the engine does not compute with what was loaded": not different,
-        "after other weights and its own again the answers differ": not _alike(before, own_again),
+        "after a reload of the model's own weights the answers differ": not own.alike,
+        "other weights changed nothing: the engine does not compute with what was loaded": not others.others,
+        "after other weights and its own again the answers differ": not own_again.alike,
     }
     # "verl": weights go through the model's own loaders there, and here through the layouts that were recorded.
     path = f"by recorded layouts ({setting.weight_path!r} is the policy's choice): " * (setting.weight_path == "verl")
@@ -189,14 +197,14 @@ def sleep(engine: Engine, setting: Setting, before: Baseline) -> Check:
     rose = time.perf_counter() - started
     turned = sum(len(names) for names in engine.ask("ascend_safe_restore_kernel_format"))
     engine.ask("ascend_safe_memory", kv_asleep=False)
-    after = _ask_again(engine, setting)
+    after = _ask_again(engine, setting, before)
     gone = sum(a["device_used"] - b["device_used"] for a, b in zip(awake, asleep, strict=True))
     evidence = _probes(
         f"asleep in {fell:.3f} s, {gone / MIB:.1f} MiB of the device(s) given back by the driver's count",
         f"awake in {rose:.3f} s; {turned} weights were put back into the kernels' form",
-        _compared(before, after),
+        after.told,
     )
-    wrong = {"it gave no memory back": gone <= 0, "the answers afterwards differ": not _alike(before, after)}
+    wrong = {"it gave no memory back": gone <= 0, "the answers afterwards differ": not after.alike}
     right = f"{gone / MIB:.1f} MiB given back at level 1; the answers afterwards are the same"
     return _judged(name, wrong, right, evidence)
 
@@ -217,60 +225,43 @@ def _probes(*sentences: str) -> tuple[Evidence, ...]:
     return tuple(Evidence("probe", sentence) for sentence in sentences)
 
 
-def _ask_again(engine: Engine, setting: Setting) -> list[Answer]:
+def _ask_again(engine: Engine, setting: Setting, before: Baseline) -> Again:
     engine.forget()
-    return engine.fresh_answers(setting.prompts, setting.max_tokens)
+    after = engine.fresh_answers(setting.prompts, setting.max_tokens)
+    pairs = list(zip(before.answers, after, strict=True))
+    same = sum(a.token_ids == b.token_ids for a, b in pairs)
+    worst = max(difference(a, b) for a, b in pairs)
+    told = (
+        f"{same} of {len(pairs)} answers have the same tokens, log-probabilities differ by {_shown(worst)} "
+        f"(two calls alike: {_shown(before.noise)})"
+    )
+    alike = same == len(pairs)
+    return Again(alike and worst <= before.noise, not alike or worst > max(before.noise, 1e-6), told)
 
 
-def difference(one: Answer, other: Answer) -> float:
+def difference(one: Output, other: Output) -> float:
     """Return the largest difference of log-probabilities, up to the first token that differs; infinite where one is
     NaN."""
-    worst = 0.0
-    for token, twin, a, b in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=False):
-        if token != twin:
-            break
-        worst = max(worst, _apart(a, b))
-    return worst
+    same = equal_from_first(one.token_ids, other.token_ids)
+    return max(map(_apart, one.logprobs[:same], other.logprobs[:same]), default=0.0)
 
 
-def _gap(one: Answer, other: Answer) -> float:
+def _gap(one: Output, other: Output) -> float:
     """Return how far apart the log-probabilities are at the first place where the tokens differ."""
-    for token, twin, a, b in zip(one.tokens, other.tokens, one.logprobs, other.logprobs, strict=False):
-        if token != twin:
-            return _apart(a, b)
-    return math.inf
+    place = equal_from_first(one.token_ids, other.token_ids)
+    return max(map(_apart, one.logprobs[place : place + 1], other.logprobs[place : place + 1]), default=math.inf)
 
 
 def _apart(one: float, other: float) -> float:
     return abs(one - other) if math.isfinite(one - other) else math.inf
 
 
-def _alike(before: Baseline, after: Sequence[Answer]) -> bool:
-    return all(
-        a.tokens == b.tokens and difference(a, b) <= before.noise for a, b in zip(before.answers, after, strict=True)
-    )
-
-
-def _compared(before: Baseline, after: Sequence[Answer]) -> str:
-    pairs = list(zip(before.answers, after, strict=True))
-    same = sum(a.tokens == b.tokens for a, b in pairs)
-    worst = max((difference(a, b) for a, b in pairs), default=0.0)
-    return (
-        f"{same} of {len(pairs)} answers have the same tokens, log-probabilities differ by {_shown(worst)} "
-        f"(two calls alike: {_shown(before.noise)})"
-    )
-
-
-def _where(one: Answer, other: Answer) -> Iterator[str]:
-    for place, (token, twin) in enumerate(zip(one.tokens, other.tokens, strict=False)):
-        if token != twin:
-            yield (
-                f"token {place} is {token} ({_shown(one.logprobs[place])}) and then {twin} "
-                f"({_shown(other.logprobs[place])})"
-            )
-            return
-    if len(one.tokens) != len(other.tokens):
-        yield f"{len(one.tokens)} tokens, and then {len(other.tokens)}"
+def _where(one: Output, other: Output) -> str:
+    place = equal_from_first(one.token_ids, other.token_ids)
+    if place == min(len(one.token_ids), len(other.token_ids)):
+        return f"{len(one.token_ids)} tokens, and then {len(other.token_ids)}"
+    told = (f"{output.token_ids[place]} ({_shown(output.logprobs[place])})" for output in (one, other))
+    return f"token {place} is {' and then '.join(told)}"
 
 
 def _shown(number: float) -> str:

@@ -81,12 +81,8 @@ def watch_steps(base: type) -> None:
         _time(found, STEPS)
 
 
-def _begin() -> None:
-    RECORD_LAYOUTS.apply(importlib.import_module(RECORD_LAYOUTS.module))
-    watch_steps(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase)
-
-
-_begin()
+RECORD_LAYOUTS.apply(importlib.import_module(RECORD_LAYOUTS.module))
+watch_steps(importlib.import_module("vllm.v1.worker.worker_base").WorkerBase)
 
 
 class SmokeWorker(AscendSafeLifecycle):
@@ -98,8 +94,11 @@ class SmokeWorker(AscendSafeLifecycle):
         config = runner.vllm_config
         model = sync.unwrapped(runner)
         device = kv_cache.device_of(self)
+        on_cpu = device.type == "cpu"
         available, total = kv_cache.memory(self)
-        cache = runner.kv_cache_config if hasattr(runner, "kv_cache_config") else None
+        accelerator = functools.partial(torch.get_device_module, device)
+        counter = functools.partial(importlib.import_module, "vllm.compilation.counter")
+        cache = getattr(runner, "kv_cache_config", None)
         groups = len(getattr(cache, "kv_cache_groups", None) or ()) or 1
         blocks, block_size = getattr(cache, "num_blocks", None), config.cache_config.block_size
         compilation = config.compilation_config
@@ -111,16 +110,18 @@ class SmokeWorker(AscendSafeLifecycle):
             "kv_tokens": blocks // groups * block_size if blocks is not None else None,
             "device_total": total,
             "device_free": available,
-            "device": _device_name(device),
+            # Of a CPU nothing: the process at the prompt knows its name.
+            "device": None if on_cpu else _found(lambda: accelerator().get_device_name(device.index or 0)),
             "driver_toolkit": _toolkit(device.type),
             "stand_in": os.environ.get(STAND_IN_VARIABLE, ""),
-            "isa": _isa() if device.type == "cpu" else [],
-            "threads": torch.get_num_threads() if device.type == "cpu" else None,
+            "isa": _isa() if on_cpu else [],
+            "threads": torch.get_num_threads() if on_cpu else None,
             "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "quantization": config.model_config.quantization or "",
             "eager": bool(config.model_config.enforce_eager),
             "graph_mode": _graph_mode(config),
-            "graphs_captured": _graphs_captured(),
+            # vLLM's own count, in which vllm-ascend's graphs are too (0.28, compilation/acl_graph.py:261).
+            "graphs_captured": _found(lambda: int(counter().compilation_counter.num_cudagraph_captured)),
             "attention_backend": _attention_backend(compilation),
             "moe_backend": _moe_backend(model),
             "max_model_len": config.model_config.max_model_len,
@@ -165,14 +166,6 @@ def _chunked_prefill(config: Any) -> bool | None:
     return next((bool(value) for value in values if value is not None), None)
 
 
-def _device_name(device: torch.device) -> str | None:
-    """Return a device's own name; of a CPU nothing: the process at the prompt knows it."""
-    if device.type == "cpu":
-        return None
-    name: str | None = _found(lambda: torch.get_device_module(device).get_device_name(device.index or 0))
-    return name
-
-
 def _toolkit(kind: str) -> str | None:
     """CUDA's version, as torch was built with it, or CANN's, as torch_npu asks it."""
     if kind == "cuda":
@@ -196,13 +189,6 @@ def _graph_mode(config: Any) -> str | None:
         return "NONE"
     mode = getattr(config.compilation_config, "cudagraph_mode", None)
     return getattr(mode, "name", None) or (str(mode) if mode is not None else None)
-
-
-def _graphs_captured() -> int | None:
-    """Return vLLM's own count, in which vllm-ascend's graphs are too (0.28, compilation/acl_graph.py:261)."""
-    counter = "vllm.compilation.counter"
-    count: int | None = _found(lambda: int(importlib.import_module(counter).compilation_counter.num_cudagraph_captured))
-    return count
 
 
 def _attention_backend(compilation: Any) -> str | None:
