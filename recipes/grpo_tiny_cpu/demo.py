@@ -221,9 +221,10 @@ def reward_gain_wanted(steps: int) -> float:
 
     A step's mean reward is over about 1,000 tokens, so chance moves it by some 0.01 to 0.016 (one standard error).  The
     policy gains 0.03 to 0.1 a step (seen in an imitation of this job in plain torch, three seeds); with weight syncs
-    left out of it the reward stayed within 0.03 of its start.  0.02 a step, 0.2 at most, tells the two apart.
+    left out of it the reward stayed within 0.03 of its start.  0.02 for each update between the two steps, 0.2 at most,
+    tells the two apart.
     """
-    return min(0.2, 0.02 * steps)
+    return min(0.2, 0.02 * (steps - 1))
 
 
 def verdict(summary: Mapping[str, Any], steps_wanted: int) -> str | None:

@@ -232,7 +232,7 @@ GOOD = [_metrics(1, 0.1), _metrics(2, 0.3), _metrics(3, 0.5)]
     [
         (GOOD, None),
         (GOOD[:2], "stopped after 2 of 3"),
-        ([*GOOD[:2], _metrics(3, 0.15)], "0.100 to 0.150"),
+        ([*GOOD[:2], _metrics(3, 0.13)], "0.100 to 0.130"),
         ([*GOOD[:2], _metrics(3, 0.05)], "0.100 to 0.050"),
         ([GOOD[0], _metrics(2, 0.3, 0.4), GOOD[2]], "fell to 0.4000"),
         ([GOOD[0], _metrics(2, 0.3, None), GOOD[2]], "missing in at least one step"),
@@ -249,7 +249,7 @@ def test_verdict(lines: list[str], problem: str | None) -> None:
 
 
 def test_wanted_gain_grows_with_the_steps_and_stays_possible() -> None:
-    assert demo.reward_gain_wanted(3) == pytest.approx(0.06)
+    assert demo.reward_gain_wanted(3) == pytest.approx(0.04)
     assert demo.reward_gain_wanted(12) == demo.reward_gain_wanted(100) == 0.2
 
 
