@@ -35,6 +35,17 @@ def test_nothing_is_read_where_the_streams_are_pipes(tmp_path: Path) -> None:
     assert answer.read_text() == ""
 
 
+def test_of_a_long_log_the_end_is_read(tmp_path: Path) -> None:
+    answer, out = tmp_path / "answer", tmp_path / "out"
+    program = PROGRAM.replace("printed = ", "causes.MOST_BYTES = 1000; printed = ").replace(
+        "for stream, said in (",
+        "print('KeyError: of long ago' + 999 * '\\nno error', flush=True)\nfor stream, said in (",
+    )
+    with out.open("w") as stdout:
+        subprocess.run([sys.executable, "-c", program, answer], stdout=stdout, check=True, timeout=60)
+    assert answer.read_text() == "ValueError: the cause"
+
+
 def log_of(*lines: str) -> list[str]:
     return [f"(EngineCore pid=9) ERROR 11-22 04:00:00 [core.py:1] {line}\n" for line in lines]
 

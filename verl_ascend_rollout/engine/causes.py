@@ -21,6 +21,9 @@ class EngineStartError(RuntimeError):
 MOST_TEXT = 400
 """Characters of a line that are kept."""
 
+MOST_BYTES = 16 * 2**20
+"""Of a log that are looked at, its last: an engine that dies after days must not be waited for while it is read."""
+
 # (EngineCore_DP0 pid=123) WARNING 11-22 04:00:00 [cpu.py:145] text
 PROCESS = r"(?:\((?P<process>[\w.: -]+?)(?: pid=\d+)?\) )*"
 VLLM_LINE = re.compile(
@@ -126,6 +129,6 @@ class Printed:
     def lines(self) -> Iterator[str]:
         """Yield them, of standard output first; nothing where they go into no file."""
         for path, start in self._starts.items():
-            with contextlib.suppress(OSError), open(path, encoding="utf-8", errors="replace") as stream:
-                stream.seek(start)
-                yield from stream
+            with contextlib.suppress(OSError), open(path, "rb") as stream:
+                stream.seek(max(start, stream.seek(0, os.SEEK_END) - MOST_BYTES))
+                yield from (line.decode(errors="replace") for line in stream)
