@@ -117,3 +117,26 @@ def test_a_job_goes_on_with_an_engine_that_is_made_again(tmp_path: Path) -> None
     assert not left
     assert {name for name in shared_memory() - before if not name.startswith(("sem.", "psm_"))} == set()
     print(json.dumps({"left in /dev/shm, of all jobs": sorted(shared_memory() - before)}))
+
+
+@pytest.mark.long
+def test_of_two_replicas_the_other_goes_on(tmp_path: Path) -> None:
+    settings = [f"{OPTION}.on_engine_death=restart", "actor_rollout_ref.rollout.tensor_model_parallel_size=1"]
+    with job(tmp_path / "run", *settings, PYTHON=sys.executable, STEPS="4", DEVICES="2") as running:
+        killed = running.kill("EngineCore", "generate", step=2)
+        code = running.process.wait(timeout=900)
+        metrics, events = running.metrics(), running.events()
+        time.sleep(3)
+        left = processes(running.out)
+        log = running.log.read_text()
+    assert code == 0, log[-3000:]
+    (restart,) = (event for event in events if event["step"] == "restart")
+    made = {event["pid"] for event in events if (event["step"], event["process"]) == ("decide", "server")}
+    assert len(made) == 2 and restart["pid"] in made
+    pearson = [step["training/rollout_actor_probs_pearson_corr"] for step in metrics]
+    print(
+        f"\n{restart['time'] - killed:.1f} s to an engine of replica {restart['detail']['replica']}; Pearson {pearson}"
+    )
+    assert len(metrics) == 4 and min(pearson) >= 0.99
+    assert metrics[-1]["perf/rollout_engine_restarts"] == 1
+    assert not left
