@@ -136,7 +136,10 @@ def test_an_engine_that_ends_by_an_error_says_which(
     assert rollout_server.alone(mortal, TOKENS, SECONDS) == reference[0]
     cause = restarts(restart_events)[-1]["detail"]["cause"]
     print(f"\n{cause}")
-    assert re.search(r"\((RuntimeError|MemoryError|OSError|ImportError): .*\)", cause)
+    # Native code may not stand it and end its process without a word.
+    without_a_word = r"worker 0 \(process \d+\) ended without being asked to$"
+    assert re.search(rf"\((RuntimeError|MemoryError|OSError|ImportError): .*\)$|{without_a_word}", cause)
+    assert "psm_" not in cause
 
 
 @pytest.mark.parametrize("part", PARTS)

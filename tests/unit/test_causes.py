@@ -62,6 +62,17 @@ def test_an_engine_died_of_what_it_printed_as_it_ended_and_not_of_an_error_befor
     assert causes.fatal_error([*survived, *fatal]) == "RuntimeError: can't allocate memory: you tried 12 bytes"
 
 
+def test_what_python_ignores_while_a_process_ends_is_no_cause() -> None:
+    fatal = log_of("EngineCore encountered a fatal error.")
+    ignored = log_of(
+        "Exception ignored in: <function ShmRingBuffer.__del__ at 0x7f22454e5760>",
+        "Traceback (most recent call last):",
+        "FileNotFoundError: [Errno 2] No such file or directory: '/psm_4ef67831'",
+    )
+    assert causes.fatal_error([*fatal, *ignored, *log_of("RuntimeError: cancelled")]) == ""
+    assert causes.fatal_error([*fatal, *ignored, *log_of("ValueError: the cause")]) == "ValueError: the cause"
+
+
 def test_what_only_points_at_another_process_is_not_the_reason_of_a_failed_start(tmp_path: Path) -> None:
     class Log(causes.Printed):
         def lines(self):  # type: ignore[no-untyped-def]

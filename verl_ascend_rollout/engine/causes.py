@@ -79,7 +79,7 @@ def is_followed(text: str) -> bool:
 
 
 def _errors(lines: Iterable[str]) -> Iterator[str]:
-    inside_validation = ""
+    inside_validation, ignored = "", False
     for line in lines:
         line = plain(line)
         match = VLLM_LINE.match(line)
@@ -90,8 +90,12 @@ def _errors(lines: Iterable[str]) -> Iterator[str]:
                 yield f"{inside_validation}: {text.removeprefix('Value error, ').partition(' [type=')[0]}"
                 inside_validation = ""
             continue
+        ignored = ignored or text.startswith("Exception ignored in")
         found = _ERROR.match(text)
         if found is None:
+            continue
+        if ignored:  # of a `__del__`, while something else ends the process
+            ignored = False
             continue
         if found["type"].endswith("ValidationError"):
             inside_validation = found["type"].rpartition(".")[2]
