@@ -67,6 +67,7 @@ def test_the_rollouts_numbers_are_in_what_verls_trainer_logs(tmp_path: Path, mon
             self.checkpoint_manager = types.SimpleNamespace(
                 update_weights=lambda steps: {}, sleep_replicas=lambda: None
             )
+            self.reward_loop_manager = types.SimpleNamespace(reward_loop_worker_handles=None)
 
         def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
             metrics["actor/loss"] = 1.0

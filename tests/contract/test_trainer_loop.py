@@ -20,9 +20,13 @@ SENTENCE = "The rollout engine of replica 0 died while it was awake: for the tes
 def cluster() -> Iterator[Any]:
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    # A process that has run the engine's tests keeps their Ray until its end.
+    starts = not ray.is_initialized()
+    if starts:
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield ray
-    ray.shutdown()
+    if starts:
+        ray.shutdown()
 
 
 def trainer_and_server(ray: Any) -> tuple[Any, Any]:

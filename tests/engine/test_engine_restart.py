@@ -35,7 +35,7 @@ def restart_events(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mortal(server: Any, checkpoints: Any, restart_events: Path) -> Iterator[Any]:
     """A second server beside `server`, which never dies."""
-    yield rollout_server.start_server(
+    made = rollout_server.start_server(
         checkpoints[0].path,
         restart_events,
         {"kv_cache_memory_bytes": 2**28, "block_size": 32},
@@ -44,6 +44,9 @@ def mortal(server: Any, checkpoints: Any, restart_events: Path) -> Iterator[Any]
         max_model_len=ENGINE["max_model_len"],
         max_num_seqs=ENGINE["max_num_seqs"],
     )
+    yield made
+    # Now: what an actor prints as it ends by itself would come into the output of some later test.
+    ray.kill(made.actor)
 
 
 @pytest.fixture(scope="module")

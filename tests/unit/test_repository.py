@@ -175,7 +175,7 @@ def test_a_test_that_starts_an_engine_or_ray_is_marked() -> None:
 @pytest.mark.parametrize("python", ["/bin/true-ly", "/bin/false"])
 def test_a_python_that_cannot_be_used_is_said_before_anything_is_installed(python: str, tmp_path: Path) -> None:
     """A version manager's `python3.10` that is on the path and runs nothing, or Python 3.13."""
-    command = ["make", "setup", f"PYTHON={python}", f"VENV={tmp_path}/venv"]
+    command = ["make", "--no-print-directory", "setup", f"PYTHON={python}", f"VENV={tmp_path}/venv"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert f"PYTHON={python} does not run Python 3.10, 3.11 or 3.12" in done.stderr
