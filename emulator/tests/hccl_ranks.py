@@ -317,12 +317,15 @@ def late_rank(seed: int) -> None:
     store = dist.distributed_c10d._get_default_store()
     if rank() == world() - 1:
         store.wait(["waited"])
+        store.set("seen", "yes")
         return
     try:
         dist.all_reduce(tensor)
         torch.npu.synchronize()
     except RuntimeError as error:
         store.set("waited", "yes")
+        # The store is this process's, and the other rank still reads it.
+        store.wait(["seen"])
         assert "HCCL" in str(error), str(error)
         return
     raise AssertionError("all_reduce ended without the rank that never called it")
