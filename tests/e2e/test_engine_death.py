@@ -60,21 +60,21 @@ def test_a_job_of_an_older_verl_ends_with_one_sentence(tmp_path: Path, stack: st
 @pytest.mark.parametrize("title", ["AgentLoopWorkerTQ", pytest.param("RewardLoopWorker", marks=pytest.mark.long)])
 def test_a_job_whose_prompts_nobody_runs_any_more_ends_with_one_sentence(tmp_path: Path, title: str) -> None:
     """As Ray kills such a worker where memory runs out; verl's V1 trainer then waits for ever."""
-    with job(tmp_path / "run", PYTHON=sys.executable, STEPS="4") as running:
-        killed = running.kill(title, "generate", step=1)
-        code = running.process.wait(timeout=120)
-        seconds = time.time() - killed
-        lines = running.log.read_text().splitlines()
-        time.sleep(3)
-        left = processes(running.out)
-    print(f"\n{title}: exit code {code} after {seconds:.1f} s; {lines[-1]}")
-    assert code == 1
+    lines = ends_soon(tmp_path / "run", title, "generate", sys.executable)
     assert re.match(rf"ascend_safe: {title} \(process \d+ on \S+\) of this job died, .*Worker exit type", lines[-1])
-    assert seconds < SECONDS
-    assert not left
 
 
 def ends_with_one_sentence(out: Path, part: str, state: str, python: str, *settings: str) -> None:
+    lines = ends_soon(out, part, state, python, *settings)
+    assert re.match(
+        r"ascend_safe: The rollout engine of replica 0 died while it .*\(process \d+\).* are in /", lines[-1]
+    )
+    assert sum("died while it" in line and " ERROR:" in line for line in lines) == 1
+    assert len(lines) < 3000
+
+
+def ends_soon(out: Path, part: str, state: str, python: str, *settings: str) -> list[str]:
+    """Kill a part of a job, which must end of it in time and leave no process; the lines that it printed."""
     with job(out, *settings, PYTHON=python, STEPS="4") as running:
         killed = running.kill(part, state, step=1)
         code = running.process.wait(timeout=120)
@@ -84,13 +84,9 @@ def ends_with_one_sentence(out: Path, part: str, state: str, python: str, *setti
         left = processes(running.out)
     print(f"\n{part} while {state}: exit code {code} after {seconds:.1f} s, {len(lines)} lines; {lines[-1]}")
     assert code == 1
-    assert re.match(
-        r"ascend_safe: The rollout engine of replica 0 died while it .*\(process \d+\).* are in /", lines[-1]
-    )
-    assert sum("died while it" in line and " ERROR:" in line for line in lines) == 1
-    assert len(lines) < 3000
     assert seconds < SECONDS
     assert not left
+    return lines
 
 
 @pytest.mark.long
