@@ -13,11 +13,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from verl_ascend_rollout.engine import causes
 from verl_ascend_rollout.engine.death import EngineDiedError, Watch
 
 HERE = socket.gethostname()
@@ -99,6 +101,42 @@ def test_the_cause_is_the_engine_core_where_its_worker_was_gone_first(parts: Any
 
     said = asyncio.run(both())
     assert said == f"its EngineCore (process {core.pid}) ended by SIGKILL, as the kernel does it when memory runs out"
+
+
+class Log(causes.Printed):
+    """What an EngineCore prints as it ends because a worker has."""
+
+    def lines(self) -> Iterator[str]:
+        yield "(EngineCore pid=9) ERROR 11-30 07:41:27 [core.py:1348] EngineCore encountered a fatal error.\n"
+        yield "(EngineCore pid=9) ERROR 11-30 07:41:27 [core.py:1348] RuntimeError: Executor failed.\n"
+
+
+@pytest.mark.parametrize("first", ["worker", "EngineCore", "vLLM"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_after_an_engine_core_has_given_up_is_no_cause(parts: Any, first: str, number: int) -> None:
+    """vLLM sends them itself: SIGTERM, and after 5 s SIGKILL.  The worker that ended before is the cause."""
+    core, worker = parts
+
+    async def both() -> str:
+        watch = watch_over(worker.pid)
+        watch.printed = Log()
+        assert not watch.look()
+        watch.engine.errored = first == "vLLM"
+        if first != "EngineCore":
+            watching = asyncio.create_task(watch.watch())
+            if first == "worker":
+                worker.kill()
+                worker.wait()
+            assert watch.look()
+        os.kill(core.pid, number)
+        worker.kill()
+        worker.wait()
+        core.join(5)
+        return await (watch.watch() if first == "EngineCore" else watching)
+
+    said = asyncio.run(both())
+    named = f"its worker 0 (process {worker.pid}) ended without being asked to"
+    assert said == (named if first == "worker" else f"its EngineCore (process {core.pid}) and {named}")
 
 
 def test_control_while_the_engine_lives_calls_answer_and_fail_as_they_are(parts: Any) -> None:

@@ -47,6 +47,8 @@ _FOLLOWS = (
 
 _DIES = "EngineCore encountered a fatal error"
 """What an EngineCore logs in front of the exception that ends it (v1/engine/core.py, 0.11 to 0.28)."""
+_DOES_NOT_START = "EngineCore failed to start"
+"""The same of one that is not up yet."""
 _OF_WORKER = re.compile(r"Worker failed with error '(.+)', please check the stack trace above .*")
 """What an EngineCore makes of a worker's exception (v1/executor/multiproc_executor.py, the same releases)."""
 
@@ -71,6 +73,14 @@ def fatal_error(lines: Iterable[str]) -> str:
     What was printed before is no cause: an exception that vLLM survived is there as well.
     """
     return root_error(itertools.dropwhile(lambda line: _DIES not in line, lines))
+
+
+def is_given_up(lines: Iterable[str]) -> bool:
+    """Return whether an EngineCore printed that it ends: a signal that ends it afterwards is no cause.
+
+    vLLM sends SIGTERM, and SIGKILL to what takes longer than 5 s to end (v1/utils.py, `shutdown`).
+    """
+    return any(_DIES in line or _DOES_NOT_START in line for line in lines)
 
 
 def is_followed(text: str) -> bool:

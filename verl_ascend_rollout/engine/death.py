@@ -30,6 +30,9 @@ POLL_SECONDS = 0.25
 LAST_WORDS_SECONDS = 1.0
 """How long the other processes of an engine may take to end by themselves, and to write down why."""
 
+VLLM_REPORTED = "vLLM reported that its EngineCore failed"
+"""The cause where no process had ended yet."""
+
 
 class EngineDiedError(RuntimeError):
     """A process of the rollout engine has ended.  One sentence: which engine, why, and which log has its last words."""
@@ -70,9 +73,9 @@ class Watch:
         return self.cause.done()
 
     def said(self) -> str:
-        """Return the error that the dead engine printed; empty where a signal ended it, so that nothing printed is
-        the cause."""
-        if any((core.exitcode or 0) < 0 for core in self.cores.values()):
+        """Return the error that the dead engine printed; empty where a signal ended it first, so that nothing printed
+        is the cause."""
+        if self._signals():
             return ""
         return (causes.root_error if self.engine is None else causes.fatal_error)(self.printed.lines())
 
@@ -83,12 +86,10 @@ class Watch:
         for child in multiprocessing.active_children():
             if child.name.startswith("EngineCore") and child.pid is not None:
                 self.cores.setdefault(child.pid, child)
-        gone = [f"its EngineCore (process {pid})" for pid, core in self.cores.items() if not core.is_alive()]
-        gone += [f"its {name} (process {process.pid})" for process, name in self.workers.items() if not _lives(process)]
-        if gone:
-            self.cause.set_result(f"{' and '.join(gone)} {self._how()}")
+        if gone := self._gone():
+            self.cause.set_result(gone)
         elif self.engine is not None and self.engine.errored:
-            self.cause.set_result("vLLM reported that its EngineCore failed")
+            self.cause.set_result(VLLM_REPORTED)
         return self.died
 
     async def watch(self) -> str:
@@ -96,12 +97,13 @@ class Watch:
         while not self.look():
             await asyncio.sleep(POLL_SECONDS)
         await asyncio.sleep(LAST_WORDS_SECONDS)
-        cause = self.cause.result()
+        cause, said = self.cause.result(), self.said()
         # The kernel takes a while to clear a large process away; workers, which end with it, or vLLM may be sooner.
-        killed = [pid for pid, core in self.cores.items() if core.exitcode == -signal.SIGKILL]
+        killed = [pid for pid, number in self._signals().items() if number == signal.SIGKILL]
         if killed and "EngineCore (process" not in cause:
             cause = f"its EngineCore (process {killed[0]}) {self._how()}"
-        said = self.said()
+        elif cause == VLLM_REPORTED and not said:  # a worker has ended without a word
+            cause = self._gone() or cause
         self.kill()
         return f"{cause} ({said})" if said else cause
 
@@ -126,15 +128,25 @@ class Watch:
             raise EngineDiedError(self.cause.result()) from None
         return task.result()
 
+    def _gone(self) -> str:
+        """Return which processes have ended, and how; empty where none has."""
+        gone = [f"its EngineCore (process {pid})" for pid, core in self.cores.items() if not core.is_alive()]
+        gone += [f"its {name} (process {process.pid})" for process, name in self.workers.items() if not _lives(process)]
+        return f"{' and '.join(gone)} {self._how()}" if gone else ""
+
     def _how(self) -> str:
         """Return how it ended, as far as can be known: of a worker, which is no child of this process, it cannot."""
-        code = next((core.exitcode for core in self.cores.values() if core.exitcode is not None), None)
-        if code is None:
-            return "ended without being asked to"
-        if code >= 0:
-            return f"ended with exit code {code}"
-        hint = ", as the kernel does it when memory runs out" if -code == signal.SIGKILL else ""
-        return f"ended by {signal.Signals(-code).name}{hint}"
+        for number in self._signals().values():
+            hint = ", as the kernel does it when memory runs out" if number == signal.SIGKILL else ""
+            return f"ended by {number.name}{hint}"
+        code = next((core.exitcode for core in self.cores.values() if core.exitcode is not None), -1)
+        return "ended without being asked to" if code < 0 else f"ended with exit code {code}"
+
+    def _signals(self) -> dict[int, signal.Signals]:
+        """Return which signal ended which EngineCore; none where they had printed before that they end."""
+        ended = {pid: core.exitcode for pid, core in self.cores.items()}
+        found = {pid: signal.Signals(-code) for pid, code in ended.items() if code is not None and code < 0}
+        return {} if found and causes.is_given_up(self.printed.lines()) else found
 
     def kill(self) -> None:
         """Kill what is left of the engine, which could otherwise outlive the job."""
