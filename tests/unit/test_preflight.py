@@ -175,6 +175,10 @@ def test_an_argument_of_vllms_that_is_no_mapping_is_said_once(model: Path, envir
         ({"trainer__n_gpus_per_node": "all"}, ["trainer.n_gpus_per_node=all", "must be whole numbers"]),
         ({"trainer__device": "cuda"}, ["trainer.device=cuda on a machine without an accelerator", "device=cpu"]),
         ({f"{ROLLOUT}__engine_kwargs__ascend_safe": {"kv_release": "sleep"}}, ["kv_release=sleep cannot work"]),
+        (  # no setting of ours would make it a job for a CPU
+            {"actor_rollout_ref__actor": {"strategy": "megatron"}, "trainer__device": "cuda", f"{RAY}__num_gpus": None},
+            ["actor_rollout_ref.actor.strategy=megatron on a machine without", "only FSDP trains on a CPU", "address"],
+        ),
     ],
 )
 def test_each_problem_is_one_sentence(

@@ -82,6 +82,7 @@ def dense(tmp_path: Path) -> Path:
         (["--tiny", "--gpu-memory-utilization", "1.5"], "is no share of the memory"),
         (["--tiny", "--kv-gib", "inf"], "is no size in GiB"),
         (["--tiny", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--tiny", "--prompt", " "], "has nothing to answer"),
         (["--tiny", "--skip", "everything"], "invalid choice: 'everything'"),
         (["--tiny", "--out", "{file}/out"], "cannot be written to (Not a directory): choose another folder"),
     ],

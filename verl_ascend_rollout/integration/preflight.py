@@ -137,7 +137,7 @@ def find_problems(config: Any, environ: Mapping[str, str] = os.environ) -> Itera
             if node.error is not None:
                 _warn(f"the node {node.address} of {joined.words} did not say what is installed there: {node.error}")
         facts = _facts_of_the_job(facts, nodes, environ)
-        wrong_device = list(_device(config, facts, environ, joined))
+        wrong_device = list(_strategy(config, facts, joined)) or list(_device(config, facts, environ, joined))
         # The settings of the wrong platform are not to be mended one by one.
         yield from wrong_device or _cluster_settings(config, joined)
         if nodes:
@@ -149,9 +149,12 @@ def find_problems(config: Any, environ: Mapping[str, str] = os.environ) -> Itera
             yield no_npu
             return
         yield from _model(config)
-        yield from _resources(config, facts)
-        # A job that is set up for other devices will not run here.
-        yield from list(_device(config, facts, environ, None)) or _machine(config, facts, environ)
+        needs_devices = list(_strategy(config, facts, None))
+        yield from needs_devices
+        if not needs_devices:
+            yield from _resources(config, facts)
+            # A job that is set up for other devices will not run here.
+            yield from list(_device(config, facts, environ, None)) or _machine(config, facts, environ)
     yield from _policy(config, facts, environ)
 
 
@@ -295,6 +298,17 @@ def _ray_would_find(resource: str) -> int:
     except Exception:
         # A private name of Ray's, which then asks the vendor's library: the files in /dev are enough without.
         return 0
+
+
+def _strategy(config: Any, facts: PlatformFacts, joined: Joined | None) -> Iterator[str]:
+    """Whether what trains can do so here: then no setting of ours makes it a job for a CPU."""
+    strategy = setting(config, f"{conflicts.ACTOR}.strategy")
+    if facts.name == "cpu" and strategy not in (None, "fsdp", "fsdp2"):
+        yield (
+            f"{conflicts.ACTOR}.strategy={strategy} on {'nodes' if joined else 'a machine'} without an accelerator: "
+            "only FSDP trains on a CPU; start the job where the devices are, or give their cluster's "
+            "ray_kwargs.ray_init.address"
+        )
 
 
 def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:

@@ -74,7 +74,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     import_fix.add_option(parser)
     calls = parser.add_argument_group("calls")
     calls.add_argument(
-        "--prompt", dest="prompts", action="append", metavar="TEXT", help=f"may be repeated ({request.PROMPT!r})"
+        "--prompt",
+        dest="prompts",
+        action="append",
+        type=_prompt,
+        metavar="TEXT",
+        help=f"may be repeated ({request.PROMPT!r})",
     )
     calls.add_argument("--max-tokens", type=positive, metavar="N", help="(50)")
     calls.add_argument("--repeats", type=positive, metavar="N", help="of the warm call; the median counts (3)")
@@ -84,6 +89,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="for everything (1800)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="for the report and the log (new, in outputs/)")
+
+
+def _prompt(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} has nothing to answer: give a text, or leave --prompt out")
+    return text
 
 
 def start(arguments: argparse.Namespace) -> int:
