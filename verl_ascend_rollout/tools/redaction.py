@@ -30,12 +30,13 @@ Identity = tuple[tuple[re.Pattern[str], Instead], ...]
 
 _SECRET_WORD = (
     r"(?:tokens?|secrets?|passw(?:or)?d|passphrase|credentials?|(?:api|access|account|private|secret|auth)[_-]?key"
-    r"|(?-i:(?<=[A-Z0-9])_(?:KEY|PAT|PWD)))"
+    r"|密码|口令|令牌|密钥|(?-i:(?<=[A-Z0-9])_(?:KEY|PAT|PWD|PASS|AUTH|AK|SK)))"
 )
-"""How the name of something secret ends.  A mere `_key` does not: verl has `prompt_key`, and it is no secret."""
+"""How the name of something secret ends (`_AK` and `_SK`: Huawei Cloud's).  A mere `_key` does not: verl has
+`prompt_key`, and it is no secret."""
 
 _VALUE = r"""(?!\[secret\])(?:(?P<quote>\\*["'])(?!\[secret\])(?P<quoted>(?:(?!(?P=quote))[^\n]){6,})
-    |(?P<bare>(?:[^\s"',;|]|[,;](?=\S)){6,}))"""
+    |(?P<bare>(?:[^\s"',;|\uff0c\uff1b]|[,;](?=\S)){6,}))"""
 _SECRET_VARIABLE = re.compile(rf".*{_SECRET_WORD}(?:[_-](?:id|value|file))?", re.IGNORECASE)
 _HOST_VARIABLE = re.compile(
     r"HOSTNAME|HOST|RAY_ADDRESS|MASTER_ADDR|VLLM_HOST_IP|SLURMD_NODENAME|SLURM_(?:JOB_|STEP_)?NODELIST|"
@@ -197,8 +198,21 @@ _SECRETS: tuple[Shape, ...] = (
     (r"(?<![\w-])eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*", SECRET),
     (r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}", rf"\1 {SECRET}"),
     # name=value and name: value, where the name says that the value is a secret; and `--name value`, also in a list.
-    (rf"(?ix)(?P<name>{_SECRET_WORD}(?:\\*[\"'])?\s*[=:]\s*){_VALUE}", _value),
+    (rf"(?ix)(?P<name>{_SECRET_WORD}(?:\\*[\"'])?\s*(?:=>?|[:\uff1a])\s*){_VALUE}", _value),
     (rf"(?ix)(?P<name>(?<![\w-])--[\w-]*{_SECRET_WORD}[\"']?(?:[ \t]+|,\s*)(?!-)){_VALUE}", _value),
+    # Programs that take a password by an option of one letter, or a key by its place.
+    (
+        r"(\bsshpass\s+-p\s*|\b(?:docker|podman|nerdctl)\s+login\s(?:[^\n|;&]{0,200}?\s)?-p\s*"
+        r"|\bmysql\w*\s(?:[^\n|;&]{0,200}?\s)?-p)"
+        r"(?!\[secret\])(?:'[^'\n]+'|\"[^\"\n]+\"|[^\s'\"|;&]+)",
+        rf"\1{SECRET}",
+    ),
+    (
+        r"(\bcurl\s(?:[^\n|;&]{0,200}?\s)?(?:-u|--user)\s*['\"]?[^\s:'\"]{1,100}:)(?!\[secret\])[^\s'\"|;&]+",
+        rf"\1{SECRET}",
+    ),
+    (r"(?i)(\bwandb\W+login\W+|\bwandb_api_key\W+)[0-9a-f]{40}\b", rf"\1{SECRET}"),
+    (r"(?i)(\bcookie:\s*)(?!\[secret\])[^\s\"'][^\n\"']*", rf"\1{SECRET}"),
     (r"(?<![A-Za-z0-9._%+-])[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+", EMAIL),
 )
 
