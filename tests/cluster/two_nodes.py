@@ -163,6 +163,26 @@ def two_nodes(
         resource: what Ray calls a device: `GPU` or `NPU`.
         environ: more variables for every process on both.
     """
+    # A GPU has an option of its own, and is no resource for `--resources`.
+    has = [f"--num-cpus={cpus}"]
+    has += (
+        [f"--num-gpus={devices}"] if resource == "GPU" else ["--num-gpus=0", f'--resources={{"{resource}": {devices}}}']
+    )
+    with bare_nodes(environ) as (head, other):
+        dashboard = ["--dashboard-host=127.0.0.1", "--dashboard-port=8265"]
+        for node, words in ((head, ["--head", f"--port={PORT}", *dashboard, f"--temp-dir={folder}"]), (other, [])):
+            words = words or [f"--address={head.address}:{PORT}"]
+            node.run(ray(), "start", *words, f"--node-ip-address={node.address}", *has, "--disable-usage-stats")
+        yield head, other
+
+
+@contextlib.contextmanager
+def bare_nodes(environ: Mapping[str, str] | None = None) -> Iterator[tuple[Node, Node]]:
+    """Make two nodes, 10.9.0.1 and 10.9.0.2, without Ray.
+
+    Args:
+        environ: more variables for every process on both.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
     shared = {
         **inherited,
@@ -174,20 +194,10 @@ def two_nodes(
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         **(environ or {}),
     }
-    # A GPU has an option of its own, and is no resource for `--resources`.
-    has = [f"--num-cpus={cpus}"]
-    has += (
-        [f"--num-gpus={devices}"] if resource == "GPU" else ["--num-gpus=0", f'--resources={{"{resource}": {devices}}}']
-    )
     with contextlib.ExitStack() as stack:
-        nodes = [stack.enter_context(_node(f"node{number}", f"10.9.0.{number}", shared)) for number in (1, 2)]
-        _connect(*nodes)
-        head, other = nodes
-        dashboard = ["--dashboard-host=127.0.0.1", "--dashboard-port=8265"]
-        for node, words in ((head, ["--head", f"--port={PORT}", *dashboard, f"--temp-dir={folder}"]), (other, [])):
-            words = words or [f"--address={head.address}:{PORT}"]
-            node.run(ray(), "start", *words, f"--node-ip-address={node.address}", *has, "--disable-usage-stats")
-        yield head, other
+        one, other = [stack.enter_context(_node(f"node{number}", f"10.9.0.{number}", shared)) for number in (1, 2)]
+        _connect(one, other)
+        yield one, other
 
 
 @contextlib.contextmanager
