@@ -580,6 +580,7 @@ def test_the_block_for_an_issue_is_redacted(installation: Installation) -> None:
         (["--for", "=="], "is no name==version"),
         (["--for", ","], "no distribution is named"),
         (["--for", "vllm==0.18.0", "--live"], "not allowed with"),
+        (["--json", "out", "--junit", "./out"], "--json out and --junit out are the same file: name one for each"),
     ],
 )
 def test_usage_errors_exit_2(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -593,10 +594,13 @@ def test_usage_errors_exit_2(options: list[str], says: str, capsys: pytest.Captu
 
 def test_a_report_that_cannot_be_written(installation: Installation, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    answer = installation.doctor("--junit", str(tmp_path / "file" / "a.xml"))
-    assert answer.status == 1
+    answer = installation.doctor("--junit", str(tmp_path / "file" / "a.xml"), "--markdown", str(tmp_path / "a.md"))
+    assert answer.status == 2
     assert "cannot be written" in answer.err
     assert answer.err.count("\n") == 1
+    # The answer is there all the same, and so is what can be written.
+    assert "To paste into an issue" in answer.out and answer.report["checks"]
+    assert (tmp_path / "a.md").stat().st_size
 
 
 def test_a_question_that_breaks_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
