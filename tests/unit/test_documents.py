@@ -292,6 +292,22 @@ def test_the_runtime_env_is_yaml_of_plain_strings() -> None:
     assert "/outputs/" in env["excludes"]
 
 
+def test_the_emulators_page_has_each_stack_with_verl() -> None:
+    """Under the heading that says which verl it is, and for which Python."""
+    page = (ROOT / "emulator/README.md").read_text(encoding="utf-8")
+    (table,) = [table for table in tables(page) if table[0][:3] == ["stack", "verl", "Python"]]
+    told = {name: row[1:3] for row in table[2:] for name in row[0].split(", ")}
+    text = (ROOT / "emulator/stacks.toml").read_text(encoding="utf-8")
+    sections = re.split(r'^\[stack\."(.*)"\]$', text, flags=re.MULTILINE)[1:]
+    stacks = dict(zip(sections[::2], sections[1::2], strict=True))
+    found = {name: re.findall(r'"verl==(.*?)"', stack) for name, stack in stacks.items()}
+    python = {name: re.findall(r'^python = "(.*)"', stack, re.MULTILINE) for name, stack in stacks.items()}
+    like = {name: re.findall(r'^like = "(.*)"', stack, re.MULTILINE) for name, stack in stacks.items()}
+    assert told == {
+        name: [verl, *(python[name] or python[like[name][0]])] for name, versions in found.items() for verl in versions
+    }
+
+
 def test_the_workflows_call_what_is_there() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for file in (ROOT / ".github/workflows").glob("*.yml"):
