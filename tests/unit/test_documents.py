@@ -289,7 +289,14 @@ def test_the_images_that_the_dockerfiles_build_on_are_arguments() -> None:
 def test_the_runtime_env_is_yaml_of_plain_strings() -> None:
     env = yaml.safe_load((ROOT / "recipes/runtime_env.yaml").read_text(encoding="utf-8"))
     assert all(isinstance(value, str) for value in env["env_vars"].values())
-    assert "/outputs/" in env["excludes"]
+    # Of what run.sh reads, nothing else reaches a job; a working directory would, and with it OUT (docs/cluster.md).
+    assert {"NODES", "DEVICES", "DATA", "OUT"} <= set(env["env_vars"]) and set(env) == {"env_vars"}
+    for file in (ROOT / "recipes").glob("*/README.md"):
+        for command in re.findall(r"^    (ray job submit .*)$", file.read_text(encoding="utf-8"), re.MULTILINE):
+            words = shlex.split(command)
+            assert "--address" in words and "--working-dir" not in words
+            script = words[words.index("--") + 1]
+            assert script.startswith("/") and (ROOT / script.partition("/verl_ascend_rollout/")[2]).is_file()
 
 
 def test_the_emulators_page_has_each_stack_with_verl() -> None:
