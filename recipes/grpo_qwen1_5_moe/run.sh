@@ -79,6 +79,7 @@ esac
 OUT="$(make_folder "$OUT")"
 # Also in the job's environment below: what writes it may run on another node, which has not this shell's.
 export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+[[ -z "$only_shows" ]] || export -n VERL_FILE_LOGGER_PATH # its folder would be made
 
 # A folder named `vllm` or `verl` here would be taken for the package: the real one goes first.
 first="$("$PYTHON" -m verl_ascend_rollout.import_fix)"

@@ -34,6 +34,7 @@ eval "$first"
 TOY="$(make_folder "$TOY")"
 # Also in the job's environment below: what writes it may run on another node, which has not this shell's.
 export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+[[ -z "$only_shows" ]] || export -n VERL_FILE_LOGGER_PATH # its folder would be made
 
 # What is not in every release: hydra refuses a key that verl's configuration does not have.
 folder_of() {

@@ -482,7 +482,7 @@ def command_line(tmp_path: Path) -> Any:
     """Runs a recipe's run.sh with a Python that prints its words; the exit status, and what was printed."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
-    python.write_text('#!/bin/sh\n[ "$2" = verl_ascend_rollout.import_fix ] || echo "$@"\n')
+    python.write_text('#!/bin/sh\n[ "$2" = verl_ascend_rollout.import_fix ] || echo "$@" "$VERL_FILE_LOGGER_PATH"\n')
     python.chmod(0o755)
     cwd = tmp_path / "cwd"
     cwd.mkdir()
@@ -508,6 +508,8 @@ def test_to_print_the_configuration_takes_no_data_and_makes_no_folder(
     assert (done.returncode, done.stderr) == (0, "")
     assert f"hydra.run.dir='{command_line.cwd}/outputs/{recipe}/hydra'" in done.stdout
     assert list(command_line.cwd.iterdir()) == []
+    # verl's plug-in would make the folder of verl's metrics.
+    assert done.stdout.endswith(" \n")
     # Without it, what is missing is said.
     done = command_line(recipe, "platform=npu")
     assert done.returncode == 2 and done.stderr.startswith("run.sh: no data at ")

@@ -18,6 +18,7 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
 
 from verl_ascend_rollout.platforms.base import PlatformName
+from verl_ascend_rollout.platforms.detect import planned
 from verl_ascend_rollout.tools.cli import main
 from verl_ascend_rollout.tools.doctor import claims, environment, identity, imports, stacks, wheels
 from verl_ascend_rollout.tools.doctor.environment import MIB, Machine
@@ -158,6 +159,15 @@ def test_shared_memory(total: int | None, free: int | None, verdict: str) -> Non
 )
 def test_open_files_as_ray_will_have_raised_them(soft: int, hard: int, verdict: str) -> None:
     assert environment.open_files(machine(files_soft=soft, files_hard=hard)).verdict == verdict
+
+
+def test_nobody_is_told_to_unset_what_is_not_set() -> None:
+    npu = planned("npu", "A2", {})
+    hidden = environment.devices(npu, {"ASCEND_RT_VISIBLE_DEVICES": ""})
+    assert hidden.advice.startswith("unset ASCEND_RT_VISIBLE_DEVICES, or run doctor where the devices are")
+    none = environment.devices(npu, {})
+    assert (none.verdict, none.evidence[0].what) == ("warn", "ASCEND_RT_VISIBLE_DEVICES is not set")
+    assert none.advice.startswith("run doctor where the devices are")
 
 
 # --------------------------------------------------------------------------------------------------------------------
