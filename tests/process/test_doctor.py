@@ -592,6 +592,17 @@ def test_usage_errors_exit_2(options: list[str], says: str, capsys: pytest.Captu
     assert captured.out == ""
 
 
+def test_a_wheel_that_is_read_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from verl_ascend_rollout.tools.cli import main
+
+    wheel = tmp_path / "vllm-0.18.0-py3-none-any.whl"
+    wheel.write_bytes(b"as it is")
+    files = ["--json", str(tmp_path / "a.json"), "--junit", str(wheel)]
+    assert main(["doctor", "--for", "vllm==0.18.0", "--wheels", str(tmp_path), *files]) == 2
+    assert f"--junit {wheel} would overwrite {wheel}, which is read" in capsys.readouterr().err
+    assert wheel.read_bytes() == b"as it is"
+
+
 def test_a_report_that_cannot_be_written(installation: Installation, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     answer = installation.doctor("--junit", str(tmp_path / "file" / "a.xml"), "--markdown", str(tmp_path / "a.md"))

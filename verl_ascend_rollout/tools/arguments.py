@@ -67,8 +67,8 @@ def check_outputs(
         UsageError: one is.
     """
     files = {option: file for option, file in written.items() if file is not None}
-    for option, file in files.items():
-        for source in read:
+    for source in read:
+        for option, file in files.items():
             if _same(file, source):
                 raise UsageError(f"{option} {file} would overwrite {source}, which is read: name another file")
     for (one, file), (other, again) in combinations(files.items(), 2):
