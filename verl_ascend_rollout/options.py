@@ -57,8 +57,8 @@ class AscendSafeOptions:
             element of every parameter came once, and every tensor was used, is checked at every sync.
         parity: what to do where the trainer's and the rollout's probabilities of the same tokens say that they are not
             one policy: `warn` at each such step, stop with an `error`, or nothing (`off`).
-        sync_timeout: seconds for which a weight sync through shared memory waits for the other side before it fails:
-            for a worker to come, for one bucket to be filled or loaded, for the worker to finish.
+        sync_timeout: seconds for which a weight sync waits for the other side before it fails: for a worker to come,
+            for one bucket to be filled or loaded, for the worker to finish.
         on_engine_death: what to do when a process of the engine has ended: `stop` the job with a sentence, or `restart`
             the engine, from a copy of the last synced weights that is kept in host memory.
         max_engine_restarts: how often each replica's engine is made again before the job stops all the same.

@@ -67,8 +67,14 @@ async def dies(worker: int, kill: int) -> tuple[str, float, bool]:
         await call
     seconds = time.perf_counter() - started
     await watching
+    begun = []
+
+    async def begins() -> None:
+        begun.append(True)
+
     with pytest.raises(EngineDiedError):
-        await watch.while_alive(waits_for_ever())
+        await watch.while_alive(begins())
+    assert not begun, "no part of a call is for the next engine"
     return str(error.value), seconds, ended
 
 
@@ -137,6 +143,17 @@ def test_a_signal_after_an_engine_core_has_given_up_is_no_cause(parts: Any, firs
     said = asyncio.run(both())
     named = f"its worker 0 (process {worker.pid}) ended without being asked to"
     assert said == (named if first == "worker" else f"its EngineCore (process {core.pid}) and {named}")
+
+
+def test_the_coordinator_of_engines_is_looked_at_as_well(parts: Any) -> None:
+    core, worker = parts
+    coordinator = multiprocessing.get_context("spawn").Process(
+        target=time.sleep, args=(60,), daemon=True, name="VLLM_DP_Coordinator"
+    )
+    coordinator.start()
+    said, _, _ = asyncio.run(dies(worker.pid, coordinator.pid))
+    assert f"its DP coordinator (process {coordinator.pid}) ended by SIGKILL" in said
+    assert not core.is_alive()
 
 
 def test_control_while_the_engine_lives_calls_answer_and_fail_as_they_are(parts: Any) -> None:

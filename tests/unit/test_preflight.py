@@ -322,6 +322,26 @@ def test_a_rollout_with_devices_of_its_own_needs_them_beside_the_trainers(model:
     )
 
 
+ASYNCHRONOUS = {"rollout__nnodes": 1, "rollout__n_gpus_per_node": 1, "trainer__n_gpus_per_node": 1}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "own"),
+    [("one_step_off_policy", 10), ("fully_async_policy", 23)],
+)
+def test_an_asynchronous_trainer_needs_cpus_for_its_own_actors(
+    trainer: str, own: int, model: Path, environ: dict[str, str]
+) -> None:
+    """3 for the trainer's device and 2 for the rollout's, and what verl's decorators say."""
+    more = {"async_training": {"staleness_threshold": 0}} if own == 23 else {}
+    config = job(model, **ASYNCHRONOUS, **more, **{f"{RAY}__num_gpus": 2, f"{RAY}__num_cpus": own + 4})
+    config.actor_rollout_ref.rollout.tensor_model_parallel_size = 1
+    (problem,) = problems(config, environ)
+    assert f"{own + 5} in all ({own} for actors of the trainer), and this machine offers {own + 4}" in problem
+    config.ray_kwargs.ray_init.num_cpus = own + 5
+    assert problems(config, environ) == []
+
+
 def test_an_npu_is_asked_for_as_the_resource_npu(
     model: Path, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +393,23 @@ def test_on_a_cluster_its_nodes_are_asked_and_not_this_machine(
     (problem,) = problems(config, {**environ, **WITHOUT_PLATFORM})
     assert "verl asks Ray for 1 x 8 GPU with 24 CPUs, each on one node (trainer.n_gpus_per_node=8" in problem
     assert "has room for 0 (10.0.0.1 and 1 more have 4 GPU and 64 CPUs)" in problem
+
+
+def test_on_a_cluster_an_actor_of_a_trainer_needs_one_node(
+    nodes: list[Node], model: Path, environ: dict[str, str]
+) -> None:
+    config = job(model, **{**JOB_ON_GPUS, **ASYNCHRONOUS}, ray_kwargs__ray_init__address="10.0.0.1:6379")
+    config.actor_rollout_ref.rollout.tensor_model_parallel_size = 1
+
+    def found(*cpus: int) -> list[str]:
+        nodes[:] = [node(f"10.0.0.{number}", {"GPU": 8.0, "CPU": float(has)}) for number, has in enumerate(cpus)]
+        return problems(config, {**environ, **WITHOUT_PLATFORM})
+
+    assert found(10, 5) == []
+    for cpus, total in (((9, 9), 18), ((10, 4), 14)):
+        (problem,) = found(*cpus)
+        assert problem.startswith("verl asks Ray for 15 CPUs in all, 10 of them for this trainer's own actors")
+        assert f"has {total} (" in problem and "--num-cpus" in problem
 
 
 @pytest.mark.parametrize("how", ["address", "initialised"])

@@ -30,6 +30,11 @@ POLL_SECONDS = 0.25
 LAST_WORDS_SECONDS = 1.0
 """How long the other processes of an engine may take to end by themselves, and to write down why."""
 
+PARTS = {"EngineCore": "EngineCore", "VLLM_DP_Coordinator": "DP coordinator"}
+"""What the server's process starts of an engine, by how its name begins.  Without the coordinator the engines of a
+model with experts wait for each other for ever, and vLLM looks at the EngineCores only (0.28, v1/engine/utils.py:222
+and coordinator.py:103)."""
+
 VLLM_REPORTED = "vLLM reported that its EngineCore failed"
 """The cause where no process had ended yet."""
 
@@ -45,7 +50,7 @@ class Watch:
     Attributes:
         cause: why the engine is dead, as a clause, as soon as it is known to be; `watch` returns what was behind it.
         engine: vLLM's `AsyncLLM`, once it is there.
-        cores: its EngineCore processes, by process id, which this process has started.
+        cores: its processes that this process has started (`PARTS`), by process id.
         workers: its workers on this host, and what each is called.
         printed: what it prints.
     """
@@ -84,7 +89,7 @@ class Watch:
         if self.died:
             return True
         for child in multiprocessing.active_children():
-            if child.name.startswith("EngineCore") and child.pid is not None:
+            if child.name.startswith(tuple(PARTS)) and child.pid is not None:
                 self.cores.setdefault(child.pid, child)
         if gone := self._gone():
             self.cause.set_result(gone)
@@ -100,8 +105,8 @@ class Watch:
         cause, said = self.cause.result(), self.said()
         # The kernel takes a while to clear a large process away; workers, which end with it, or vLLM may be sooner.
         killed = [pid for pid, number in self._signals().items() if number == signal.SIGKILL]
-        if killed and "EngineCore (process" not in cause:
-            cause = f"its EngineCore (process {killed[0]}) {self._how()}"
+        if killed and f"(process {killed[0]})" not in cause:
+            cause = f"its {self._called(killed[0])} {self._how()}"
         elif cause == VLLM_REPORTED and not said:  # a worker has ended without a word
             cause = self._gone() or cause
         self.kill()
@@ -114,6 +119,9 @@ class Watch:
             EngineDiedError: the engine died before it had an answer, and `call` was cancelled; the cause alone.
             Exception: whatever `call` raises while the engine lives.
         """
+        if self.died and asyncio.iscoroutine(call):
+            call.close()  # nothing of it is for the engine that may be there next
+            raise EngineDiedError(self.cause.result())
         task = asyncio.ensure_future(call)
         try:
             await asyncio.wait((task, self.cause), return_when=asyncio.FIRST_COMPLETED)
@@ -130,9 +138,13 @@ class Watch:
 
     def _gone(self) -> str:
         """Return which processes have ended, and how; empty where none has."""
-        gone = [f"its EngineCore (process {pid})" for pid, core in self.cores.items() if not core.is_alive()]
+        gone = [f"its {self._called(pid)}" for pid, core in self.cores.items() if not core.is_alive()]
         gone += [f"its {name} (process {process.pid})" for process, name in self.workers.items() if not _lives(process)]
         return f"{' and '.join(gone)} {self._how()}" if gone else ""
+
+    def _called(self, pid: int) -> str:
+        part = next(part for name, part in PARTS.items() if self.cores[pid].name.startswith(name))
+        return f"{part} (process {pid})"
 
     def _how(self) -> str:
         """Return how it ended, as far as can be known: of a worker, which is no child of this process, it cannot."""

@@ -232,15 +232,10 @@ class AscendSafeServerAdapter(ServerAdapter):
         if receiver is None:
             return dataclasses.asdict(moved)
         try:
-            # The worker has all weights, and processes the last of them.
-            await asyncio.wait_for(receiver, timeout)
+            await self._wait_for_the_load(receiver, timeout)
         except EngineDiedError:
             if self._snapshot is None:
                 raise
-        except asyncio.TimeoutError:
-            stuck = TransportError(f"The rollout worker has all weights and has not finished loading for {timeout:g} s")
-            await self._mark_weights_stale(stuck)
-            raise stuck from None
         kept = {} if self._snapshot is None else await self._keep_snapshot(self._snapshot)
         return {**dataclasses.asdict(moved), **kept}
 
@@ -273,13 +268,26 @@ class AscendSafeServerAdapter(ServerAdapter):
             # The sender's error is the cause; but the server must know before anyone goes on, and the worker may have
             # taken the end of the stream for the end of the weights.
             if receiver is not None:
-                with contextlib.suppress(Exception):
-                    await receiver
+                # Of several workers the others may wait for ranks that have not failed.
+                await _failure_of(receiver, min(self._options.sync_timeout, FAILURE_SECONDS))
                 await self._mark_weights_stale(error)
             raise
         if receiver is not None:
-            await receiver
+            await self._wait_for_the_load(receiver, self._options.sync_timeout)
         return {"tensors": sender.tensors, "bytes": sender.bytes}
+
+    async def _wait_for_the_load(self, receiver: Any, timeout: float) -> None:
+        """Wait for the workers, which have all weights of this rank, and process the last of them.
+
+        Raises:
+            TransportError: they have not finished after `timeout` seconds.
+        """
+        try:
+            await asyncio.wait_for(receiver, timeout)
+        except asyncio.TimeoutError:
+            stuck = TransportError(f"The rollout worker has all weights and has not finished loading for {timeout:g} s")
+            await self._mark_weights_stale(stuck)
+            raise stuck from None
 
     async def _mark_weights_stale(self, error: Exception) -> None:
         # A server that is gone generates nothing anyway.

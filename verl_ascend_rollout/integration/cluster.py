@@ -28,10 +28,6 @@ SECONDS = 120
 
 CONNECT_SECONDS = 10
 
-CPUS_FOR_A_WORKER = 3
-"""verl's placement groups hold one for each role that may share a device (verl 0.9.1, RayResourcePool,
-max_colocate_count=3)."""
-
 NPU_SMI = (
     "verl runs it on every node with an NPU (utils/device.py, get_npu_versions), and a worker would end with "
     "FileNotFoundError; mount it into the container with the driver"
@@ -183,11 +179,14 @@ def platform(nodes: Sequence[Node]) -> PlatformFacts | None:
     return None
 
 
-def placement(cluster: Joined, nodes: Sequence[Node], pools: Sequence[Pool], resource: str) -> Iterator[str]:
+def placement(
+    cluster: Joined, nodes: Sequence[Node], pools: Sequence[Pool], resource: str, actors: Sequence[int] = ()
+) -> Iterator[str]:
     """Yield what no placement on these nodes can ever satisfy, whatever else runs there: verl would wait for ever.
 
     Args:
         resource: what Ray calls the devices: `GPU` or `NPU`.
+        actors: the CPUs of each actor that the trainer takes beside the pools.
     """
     alike: dict[str, list[str]] = {}
     for node in nodes:
@@ -198,7 +197,7 @@ def placement(cluster: Joined, nodes: Sequence[Node], pools: Sequence[Pool], res
     )
     refused = False
     for pool in pools:
-        cpus = CPUS_FOR_A_WORKER * pool.size
+        cpus = pool.cpus * pool.size
         fits = sum(min(node.has(resource) // pool.size, node.has("CPU") // cpus) for node in nodes)
         if fits < pool.count:
             refused = True
@@ -212,6 +211,15 @@ def placement(cluster: Joined, nodes: Sequence[Node], pools: Sequence[Pool], res
         yield (
             f"verl asks Ray for {wanted} {resource} in all ({'; '.join(pool.what for pool in pools)}), and "
             f"{cluster.words} has {offered} ({there}), so that the job would wait for ever: ask for fewer"
+        )
+        refused = True
+    have = [node.has("CPU") for node in nodes]
+    needed = sum(pool.size * pool.count * pool.cpus for pool in pools) + sum(actors)
+    if actors and not refused and (sum(have) < needed or max(have, default=0) < max(actors)):
+        yield (
+            f"verl asks Ray for {needed} CPUs in all, {sum(actors)} of them for this trainer's own actors (one takes "
+            f"{max(actors)} on one node), and {cluster.words} has {sum(have)} ({there}), so that the job would wait "
+            "for ever: ask for fewer devices, or start Ray with more --num-cpus (they are logical slots)"
         )
 
 

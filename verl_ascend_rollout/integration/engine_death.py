@@ -9,7 +9,9 @@ memory runs out) no prompt comes back.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -17,12 +19,14 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 from verl_ascend_rollout.engine.death import EngineDiedError
 
 logger = logging.getLogger("verl_ascend_rollout.server")
+
+Result = TypeVar("Result")
 
 POLL_SECONDS = 0.5
 
@@ -59,7 +63,12 @@ def ends_the_job(workers: Sequence[Any] = ()) -> Iterator[None]:
         EngineDiedError: with which engine, why, and which log; in place of whatever else the death made fail.
         WorkerDiedError: one of the workers died.
     """
-    watcher = _Watcher(workers)
+    interrupt = None
+    if threading.current_thread() is threading.main_thread():  # no other takes signals
+        signal.signal(INTERRUPT, lambda *_: watcher.on_signal())
+        main = threading.main_thread().ident or 0
+        interrupt = functools.partial(signal.pthread_kill, main, INTERRUPT)
+    watcher = _Watcher(workers, interrupt)
     watcher.start()
     try:
         yield
@@ -73,20 +82,48 @@ def ends_the_job(workers: Sequence[Any] = ()) -> Iterator[None]:
         watcher.finish()
 
 
+async def end_with_the_engines(training: Coroutine[Any, Any, Result]) -> Result:
+    """Run an asynchronous trainer's loop, and cancel it when a rollout engine has died.
+
+    A loop that has ended by itself is asked about too, for `PATIENCE` seconds: verl's keeps to itself what its parts
+    raise (verl 0.9.1, experimental/fully_async_policy/fully_async_rollouter.py:1099).
+
+    Raises:
+        EngineDiedError: with which engine, why, and which log.
+        Exception: whatever the loop raises while the engines live.
+    """
+    task, loop = asyncio.ensure_future(training), asyncio.get_running_loop()
+    watcher = _Watcher((), lambda: loop.call_soon_threadsafe(task.cancel))
+    watcher.start()
+    try:
+        await asyncio.wait((task,))
+        if await asyncio.to_thread(watcher.finish, PATIENCE):
+            raise watcher.found
+    finally:
+        task.cancel()
+        watcher.finish()
+    return task.result()
+
+
 class _Watcher(threading.Thread):
-    def __init__(self, workers: Sequence[Any]) -> None:
+    def __init__(self, workers: Sequence[Any], interrupt: Callable[[], object] | None) -> None:
+        """See `ends_the_job`.
+
+        Args:
+            workers: actors without which the loop waits for ever.
+            interrupt: ends the loop's wait, if it can be ended.
+        """
         super().__init__(name="ascend-safe-engine-death", daemon=True)
         self.found: EngineDiedError | WorkerDiedError = EngineDiedError()
         # The loop has ended: it is interrupted no more.
         self.left = False
         self._workers = frozenset(workers)
-        self._interruptible = threading.current_thread() is threading.main_thread()
-        if self._interruptible:  # no other takes signals
-            signal.signal(INTERRUPT, self._on_signal)
+        self._interrupt_once = interrupt
         self._ended = threading.Event()
         self._died = threading.Event()
 
-    def _on_signal(self, number: int, _: object) -> None:
+    def on_signal(self) -> None:
+        """End the wait of the main thread."""
         # A wait of Ray's heeds no other exception of a signal's handler (ray 2.60, _raylet.pyx, check_signals).
         if not self.left:
             raise KeyboardInterrupt
@@ -120,46 +157,51 @@ class _Watcher(threading.Thread):
             self._ended.wait(POLL_SECONDS)
 
     def _interrupt(self) -> None:
-        """Raise KeyboardInterrupt in the loop; if that does not end it, end this process."""
+        """Interrupt the loop; if that does not end it, end this process."""
         for _ in range(INTERRUPTIONS):
             if self._ended.is_set():
                 return
-            if self._interruptible:
-                signal.pthread_kill(threading.main_thread().ident or 0, INTERRUPT)
+            if self._interrupt_once is not None:
+                self._interrupt_once()
             self._ended.wait(1.0)
         print(f"ascend_safe: {self.found}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
-def _death_of_server(answer: Any) -> EngineDiedError:
-    import ray
-
-    try:
-        return EngineDiedError(str(ray.get(answer)))
-    except Exception as error:
-        return EngineDiedError(
-            f"A rollout server died, and its engine with it: {type(error).__name__}: {_first_line(error)}"
-        )
+def _death_of_server(answer: Any) -> EngineDiedError | None:
+    """Return what a server says of its engine's death, or what to say of one that is dead itself; `None` of one that
+    cannot be reached just now."""
+    said, who, why = _ask(answer)
+    if why:
+        return EngineDiedError(f"A rollout server{who and f', {who},'} died, and its engine with it: {why}")
+    return EngineDiedError(said) if said else None
 
 
 def _death_of_worker(answer: Any) -> WorkerDiedError | None:
     """Return what to say of a worker that is dead; `None` of one that answers, or cannot be reached just now."""
+    _, who, why = _ask(answer)
+    if not why:
+        return None
+    return WorkerDiedError(f"{who or 'A worker'} of this job died, and the trainer would wait for it for ever: {why}")
+
+
+def _ask(answer: Any) -> tuple[str, str, str]:
+    """Return what an actor answered; or, as Ray says it, which is dead, and why; all empty where it cannot be reached
+    just now."""
     import ray
 
     try:
-        ray.get(answer)
+        return str(ray.get(answer)), "", ""
     except ray.exceptions.ActorUnavailableError:
-        return None
-    except ray.exceptions.RayError as error:
+        return "", "", ""
+    except Exception as error:
         said = str(error)
         facts = dict(re.findall(r"^\s*(class_name|pid|ip): (\S+)", said, re.MULTILINE))
-        who = f"{facts['class_name']} (process {facts.get('pid')} on {facts.get('ip')})" if facts else "A worker"
+        who = facts.get("class_name", "")
+        if "pid" in facts:
+            who = f"{who} (process {facts['pid']} on {facts.get('ip')})"
         why = re.search(r"Worker exit type: [^.]*", said)
-        return WorkerDiedError(
-            f"{who} of this job died, and the trainer would wait for it for ever: "
-            f"{why[0].strip() if why else _first_line(error)}"
-        )
-    return None
+        return "", who, why[0].strip() if why else _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -131,7 +131,12 @@ class Patch:
         def patched(*args: Any, **kwargs: Any) -> Any:
             return function(original, *args, **kwargs)
 
-        return patched
+        @functools.wraps(original)
+        async def patched_coroutine(*args: Any, **kwargs: Any) -> Any:
+            return await function(original, *args, **kwargs)
+
+        # Ray awaits no method that is not a coroutine function itself.
+        return patched_coroutine if inspect.iscoroutinefunction(original) else patched
 
 
 def patch_of(patches: list[Patch], target: str, *parameters: str, **flags: bool) -> Callable[[Function], Function]:
@@ -166,10 +171,12 @@ def assert_intact() -> None:
 
 def _own(owner: Any, name: str) -> Any:
     # vars(): an attribute that is only inherited (object.__init__) is not the one that is meant.
-    found = vars(owner).get(name)
+    found = getattr(owner, name, None) if hasattr(owner, "__ray_actor_class__") else vars(owner).get(name)
     if found is None:
         raise _MisfitError("is gone")
-    return found
+    # `ray.remote` puts another object in a class's place, and keeps a subclass of it (ray 2.60, actor.py).
+    remote = getattr(found, "__ray_metadata__", None)
+    return found if remote is None else remote.modified_class
 
 
 def _replace_copies(original: Any, changed: Any) -> None:

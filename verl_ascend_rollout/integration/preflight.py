@@ -141,7 +141,9 @@ def find_problems(config: Any, environ: Mapping[str, str] = os.environ) -> Itera
         # The settings of the wrong platform are not to be mended one by one.
         yield from wrong_device or _cluster_settings(config, joined)
         if nodes:
-            yield from cluster.placement(joined, nodes, conflicts.pools(config), facts.ray_resource)
+            yield from cluster.placement(
+                joined, nodes, conflicts.pools(config), facts.ray_resource, conflicts.actor_cpus(config)
+            )
             yield from cluster.installations(nodes, installed_versions(), facts.ray_resource)
     elif "RAY_RAYLET_PID" not in environ:
         no_npu = missing_npu(environ.get(OVERRIDE, "npu")) if facts.name == "npu" else None
@@ -332,6 +334,8 @@ def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
         yield f"{name}={offered} must be a number: how many devices Ray offers to this job"
         return
     cpus = ray_init.get("num_cpus") or os.cpu_count() or 0
+    actors = conflicts.actor_cpus(config)
+    needed = sum(pool.size * pool.count * pool.cpus for pool in pools) + sum(actors)
     have = max(facts.device_count, _ray_would_find(facts.ray_resource)) if offered is None else offered
     if facts.name == "cpu" and offered is None:
         yield (
@@ -346,11 +350,11 @@ def _resources(config: Any, facts: PlatformFacts) -> Iterator[str]:
             f"{'' if len(pools) > 1 else ' (trainer.n_gpus_per_node)'}, or join a cluster with "
             "ray_kwargs.ray_init.address"
         )
-    elif isinstance(cpus, int | float) and cpus < cluster.CPUS_FOR_A_WORKER * wanted:
+    elif isinstance(cpus, int | float) and cpus < needed:
         yield (
-            f"verl asks Ray for {cluster.CPUS_FOR_A_WORKER} CPUs with each trainer worker, "
-            f"{cluster.CPUS_FOR_A_WORKER * wanted} in all, and this machine offers {cpus}, so that the job would wait "
-            "for ever: set +ray_kwargs.ray_init.num_cpus to more (they are logical slots; 8 is enough for one worker)"
+            f"verl asks Ray for {conflicts.CPUS_A_DEVICE} CPUs with each trainer worker, {needed} in all"
+            f"{f' ({sum(actors)} for actors of the trainer)' if actors else ''}, and this machine offers {cpus}, so "
+            f"that the job would wait for ever: set +ray_kwargs.ray_init.num_cpus to {needed + 5}, say (logical slots)"
         )
 
 

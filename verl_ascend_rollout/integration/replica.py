@@ -30,23 +30,22 @@ class AscendSafeReplica(vLLMReplica):
         super().__init__(replica_rank, config, *args, **kwargs)
         self.server_class = ray.remote(AscendSafeServerActor)
         engine_death.follow(self)
-        # A reward model's or a teacher's engine is not the rollout that the trackers speak of.
-        if self._is_the_rollout():
-            tracking.follow(self)
-        self._watch_policies()
+        self._follow()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch_policies()
+        self._follow()
 
-    def _watch_policies(self) -> None:
-        """Compare this replica's policy with the trainer's in each process that the replica comes to.
+    def _follow(self) -> None:
+        """Track this replica, and compare its policy with the trainer's, in each process that it comes to.
 
         Every trainer of verl holds the replicas that it sends weights to.  Most of them make the replicas; the fully
         asynchronous one is an actor of its own, and gets them from the rollouter by pickle (verl 0.9.1,
         experimental/fully_async_policy/fully_async_trainer.py:219).
         """
+        # A reward model's or a teacher's engine is not the rollout that the trackers speak of.
         if self._is_the_rollout():
+            tracking.follow(self)
             model = ModelFacts.from_config(getattr(self.model_config, "hf_config", None) or {})
             parity.watch(
                 AscendSafeOptions.from_rollout(self.config).parity,

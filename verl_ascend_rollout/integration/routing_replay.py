@@ -391,9 +391,10 @@ def judge(found: Agreement, expected: bool, fresh: bool) -> None:
         raise RoutingReplayError(
             f"the rollout's record of routing is not of this policy: in {found.poor} of {found.sequences} sequences "
             f"the trainer's own router picks fewer than {FLOOR:.0%} of the recorded experts ({found.share:.2f} in all, "
-            f"{found.lowest:.2f} at the lowest). It is of another model or of other weights, or shifted by some "
-            f"tokens, and nothing was trained with it: set {KEY}=False to train without, and report it with the "
-            "events file"
+            f"{found.lowest:.2f} at the lowest). It is of another model or of other weights (with an asynchronous "
+            "trainer, of some updates ago), or shifted by some tokens, and nothing was trained with it: set "
+            f"{KEY}=False to train without, or lower an asynchronous trainer's staleness; report it with the events "
+            "file"
         )
 
 

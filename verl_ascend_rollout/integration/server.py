@@ -280,7 +280,7 @@ class AscendSafeHttpServer(vLLMHttpServer):
         with contextlib.suppress(Exception):
             self.engine.shutdown()
         self._server_task.cancel()
-        before, self._busy = self._life, "was made again"
+        before, self._busy, address = self._life, "was made again", self.get_server_address()
         try:
             await watch.while_alive(self._start(watch))
             made = time.perf_counter()
@@ -292,11 +292,15 @@ class AscendSafeHttpServer(vLLMHttpServer):
             self._life = before
             return
         seconds = time.perf_counter() - started
+        # verl hands prompts to this actor; HTTP clients and Prometheus are told an address once (llm_server.py:487).
         logger.warning(
-            "replica %d has an engine again after %.1f s, with the weights of sync %d",
+            "replica %d has an engine again after %.1f s, with the weights of sync %d; its HTTP server is at %s:%d, "
+            "and no longer at %s:%d",
             self.replica_rank,
             seconds,
             snapshot["sync"],
+            *self.get_server_address(),
+            *address,
         )
         self._emit(
             "restart",

@@ -42,7 +42,8 @@ def rollout_metrics() -> dict[str, float]:
     """
     import ray
 
-    servers = [server for replica in _replicas for server in getattr(replica, "servers", None) or ()]
+    # In a set: a replica may come to this process more than once.
+    servers = {server for replica in _replicas for server in getattr(replica, "servers", None) or ()}
     calls = [server.step_metrics.remote() for server in servers]
     if not calls:
         return {}

@@ -57,6 +57,11 @@ def find_warnings(config: Any, facts: PlatformFacts, request: EngineRequest) -> 
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
+CPUS_A_DEVICE = 3
+"""That verl's placement groups hold: one for each role that may share the device (verl 0.9.1, RayResourcePool,
+max_colocate_count)."""
+
+
 @dataclass(frozen=True)
 class Pool:
     """Devices that verl asks Ray for in one piece: `size` on one node, `count` times.
@@ -64,11 +69,13 @@ class Pool:
     Attributes:
         what: whose devices, as settings for a sentence.
         size, count: how many devices a node, and how many nodes.
+        cpus: how many CPUs come with each device (2 where it is an engine's alone: workers/rollout/replica.py:205).
     """
 
     what: str
     size: int
     count: int
+    cpus: int = CPUS_A_DEVICE
 
 
 def pools(config: Any) -> list[Pool]:
@@ -90,10 +97,21 @@ def pools(config: Any) -> list[Pool]:
         if size is not None and own.size > 0:
             node = min(own.size, size)
             replicas = own.size * own.count // size
-            found.append(Pool(own.what, node, replicas * -(-size // node)))
+            found.append(Pool(own.what, node, replicas * -(-size // node), cpus=2))
         else:
             found.append(own)
     return [pool for pool in found if pool is not None and pool.size > 0 and pool.count > 0]
+
+
+def actor_cpus(config: Any) -> tuple[int, ...]:
+    """Return the CPUs of each of the actors that an asynchronous trainer takes beside its pools.
+
+    verl 0.8.0 to 0.9.1, by their decorators: experimental/fully_async_policy has a rollouter, a trainer, a queue and a
+    task runner, experimental/one_step_off_policy a task runner.
+    """
+    if setting(config, "async_training") is not None:
+        return (10, 10, 2, 1)
+    return (10,) if setting(config, "rollout.n_gpus_per_node") is not None else ()
 
 
 def _pool(config: Any, where: str) -> Pool | None:

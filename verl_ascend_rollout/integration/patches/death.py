@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from verl_ascend_rollout.integration.engine_death import ends_the_job
+from verl_ascend_rollout.integration.engine_death import end_with_the_engines, ends_the_job
 from verl_ascend_rollout.integration.patch import Patch, patch_of
 
 PATCHES: list[Patch] = []
@@ -33,3 +33,29 @@ def end_legacy_with_the_engine(original: Callable[..., Any], self: Any, *args: A
     """
     with ends_the_job():
         return original(self, *args, **kwargs)
+
+
+@patch_of(
+    PATCHES,
+    "verl.experimental.fully_async_policy.fully_async_rollouter:FullyAsyncRollouter.fit",
+    "self",
+    required=False,
+)
+async def end_fully_async_with_the_engine(original: Callable[..., Any], self: Any) -> Any:
+    """Do the same for the rollouter of the fully asynchronous trainer, which has the replicas.
+
+    Without the patch such a job ends as if its data had, with exit code 0: `fit` keeps to itself what its parts raise,
+    and the end of its samples is the trainer's (verl 0.9.1, experimental/fully_async_policy/fully_async_trainer.py:648,
+    fully_async_rollouter.py:1065 and :1099).  Remove when verl ends that job with an error.
+    """
+    return await end_with_the_engines(original(self))
+
+
+@patch_of(PATCHES, "verl.experimental.one_step_off_policy.ray_trainer:OneStepOffRayTrainer.fit", "self", required=False)
+async def end_one_step_off_with_the_engine(original: Callable[..., Any], self: Any) -> Any:
+    """Do the same for the trainer that is one step behind its rollout.
+
+    Without the patch a call of an engine that is dead may have no answer, and the job waits for it (vLLM 0.28,
+    v1/engine/core_client.py).  Remove when verl ends a job whose rollout engine is dead.
+    """
+    return await end_with_the_engines(original(self))
