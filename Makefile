@@ -89,6 +89,9 @@ npu-r3: ## the same on the emulated NPU: outputs/npu-r3 (FAKE_CANN_DEVICES=2 mak
 stacks: ## the stacks that the demo trains on, and who has them
 	@$(PYTHON) requirements/stacks.py list
 
+requirements/stacks/%.txt:
+	@echo "there is no stack $*: \`make stacks\` lists those that there are" >&2; exit 2
+
 .venv-%/.ready: requirements/stacks/%.txt
 	python=$$($(PYTHON) requirements/stacks.py python $*); $$python -m venv $(@D); \
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.5'; \
@@ -125,7 +128,11 @@ docs: .venv-docs/.ready ## the documents as a site in outputs/site, every link c
 # version an index offers decides what comes with it.  gpu: Linux on x86-64 and Python 3.11, the usual image.
 # npu: for Python 3.11 and 3.12, x86-64 and aarch64; what the image has is left out.
 COMPILE = pip compile --quiet --no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command 'make lock'
-lock: setup ## compile requirements/ again
+ifneq ($(filter command environment,$(firstword $(origin STACK))),)
+lock: setup
+	$(BIN)/python requirements/stacks.py lock $(STACK)
+else
+lock: setup ## compile requirements/ again (STACK=NAME: the lock of that one of `make stacks`, and no other)
 	$(UV) $(COMPILE) --universal --python-version 3.10 --override requirements/cpu.overrides.txt \
 		--extra cpu --extra dev pyproject.toml -o requirements/cpu.txt
 	sed -i -E '/^(torch|torchvision|torchaudio|torchcodec|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)[= ]/d' requirements/cpu.txt
@@ -137,6 +144,7 @@ lock: setup ## compile requirements/ again
 	$(UV) $(COMPILE) --universal --python-version 3.10 --generate-hashes requirements/docs.in -o requirements/docs.txt
 	$(UV) $(COMPILE) --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
 		--override tests/gpu/overrides.txt pyproject.toml tests/gpu/requirements.in -o tests/gpu/requirements.txt
+endif
 
 npu-setup: ## torch-npu and vllm-ascend on a stand-in CANN, in .venv-npu (STACK=0.18: another release)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 was found: set PYTHON=/path/to/python" >&2; exit 2; }

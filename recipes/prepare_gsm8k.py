@@ -19,16 +19,39 @@ INSTRUCTION = 'Reason step by step, and give the final answer after "####".'
 
 
 def read(folder: Path, split: str) -> list[dict[str, str]]:
-    """Questions and answers of a split.  FileNotFoundError where the folder has none."""
+    """Questions and answers of a split.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: a record is none of gsm8k's.
+    """
     import pyarrow.parquet as parquet
 
     lines = folder / f"{split}.jsonl"
     if lines.is_file():
-        return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = []
+        for number, line in enumerate(lines.read_text(encoding="utf-8").splitlines(), 1):
+            if line.strip():
+                try:
+                    found.append(_checked(json.loads(line), f"{lines} line {number}"))
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{lines} line {number} is no JSON: {error}") from None
+        return found
     files = sorted([*folder.glob(f"{split}-*.parquet"), *folder.glob(f"main/{split}-*.parquet")])
     if not files:
         raise FileNotFoundError(f"{folder} has neither {split}.jsonl nor main/{split}-*.parquet: download gsm8k there")
-    return [row for file in files for row in parquet.read_table(file).to_pylist()]
+    return [
+        _checked(row, f"{file} row {number}")
+        for file in files
+        for number, row in enumerate(parquet.read_table(file).to_pylist(), 1)
+    ]
+
+
+def _checked(example: Any, where: str) -> dict[str, str]:
+    for name in ("question", "answer"):
+        if not isinstance(example, dict) or not isinstance(example.get(name), str):
+            raise ValueError(f"{where} has no text {name!r}, which each record of gsm8k has: is it that data set?")
+    return example
 
 
 def row_of(example: dict[str, str], split: str, index: int) -> dict[str, Any]:
@@ -44,7 +67,7 @@ def row_of(example: dict[str, str], split: str, index: int) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write `train.parquet` and `test.parquet`; 1 and one sentence where that cannot be."""
+    """Write `train.parquet` and `test.parquet`; 2 and one sentence where that cannot be."""
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
@@ -54,14 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     out = asked.out.expanduser()
     try:
+        examples = {split: read(asked.folder, split) for split in ("train", "test")}
         out.mkdir(parents=True, exist_ok=True)
-        for split in ("train", "test"):
-            rows = [row_of(example, split, index) for index, example in enumerate(read(asked.folder, split))]
+        for split, found in examples.items():
+            rows = [row_of(example, split, index) for index, example in enumerate(found)]
             parquet.write_table(arrow.Table.from_pylist(rows), out / f"{split}.parquet")
             print(f"{out / split}.parquet: {len(rows)} questions")
-    except (OSError, KeyError, ValueError) as error:
-        print(f"prepare_gsm8k.py: {error!s}", file=sys.stderr)
-        return 1
+    except (OSError, ValueError) as error:  # pyarrow's are of the second
+        print(f"prepare_gsm8k.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     return 0
 
 

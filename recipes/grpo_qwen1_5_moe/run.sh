@@ -32,8 +32,9 @@ TRAIN_TP="${TRAIN_TP:-$TP}" # Megatron's parallel sizes
 TRAIN_EP="${TRAIN_EP:-$DEVICES}"
 OFFLOAD="${OFFLOAD:-True}"  # trainer weights and optimizer to host memory while the engine generates
 
+check_numbers NODES DEVICES TP BATCH SAMPLES MINI_BATCH MICRO_BATCH PROMPT_LENGTH RESPONSE_LENGTH EPOCHS TRAIN_TP TRAIN_EP
 for file in "$TRAIN_FILE" "$VAL_FILE"; do
-    if [[ ! -f "$file" ]]; then
+    if [[ -z "$only_shows" && ! -f "$file" ]]; then
         echo "run.sh: no data at $file: set DATA to the folder with gsm8k's train.parquet and test.parquet (prepare_gsm8k.py makes them)" >&2
         exit 2
     fi
@@ -75,10 +76,10 @@ case "$TRAINER" in
         ;;
 esac
 
-mkdir -p "$OUT"
-OUT="$(cd "$OUT" && pwd)"
+OUT="$(make_folder "$OUT")"
 # Also in the job's environment below: what writes it may run on another node, which has not this shell's.
 export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+[[ -z "$only_shows" ]] || export -n VERL_FILE_LOGGER_PATH # its folder would be made
 
 # A folder named `vllm` or `verl` here would be taken for the package: the real one goes first.
 first="$("$PYTHON" -m verl_ascend_rollout.import_fix)"

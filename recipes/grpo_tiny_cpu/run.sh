@@ -25,15 +25,16 @@ export VLLM_NO_USAGE_STATS="${VLLM_NO_USAGE_STATS:-1}"
 export RAY_enable_worker_prestart="${RAY_enable_worker_prestart:-false}"
 export RAY_prestart_worker_first_driver="${RAY_prestart_worker_first_driver:-false}"
 
-mkdir -p "$OUT"
-OUT="$(cd "$OUT" && pwd)"
+check_numbers DEVICES STEPS
+OUT="$(make_folder "$OUT")"
 # A folder named `vllm` or `verl` here would be taken for the package: the real one goes first.
 first="$("$PYTHON" -m verl_ascend_rollout.import_fix)"
 eval "$first"
-[[ -f "$TOY/model/config.json" ]] || "$PYTHON" "$HERE/make_tiny.py" "$TOY" --seed "$SEED"
-TOY="$(cd "$TOY" && pwd)"
+[[ -n "$only_shows" || -f "$TOY/model/config.json" ]] || "$PYTHON" "$HERE/make_tiny.py" "$TOY" --seed "$SEED"
+TOY="$(make_folder "$TOY")"
 # Also in the job's environment below: what writes it may run on another node, which has not this shell's.
 export VERL_FILE_LOGGER_PATH="${VERL_FILE_LOGGER_PATH:-$OUT/metrics.jsonl}"
+[[ -z "$only_shows" ]] || export -n VERL_FILE_LOGGER_PATH # its folder would be made
 
 # What is not in every release: hydra refuses a key that verl's configuration does not have.
 folder_of() {

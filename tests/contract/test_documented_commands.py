@@ -51,7 +51,7 @@ def test_the_data_is_what_verls_reward_reads(data: Path) -> None:
 def test_a_folder_without_the_data_is_one_sentence(tmp_path: Path) -> None:
     script = [sys.executable, str(ROOT / "recipes/prepare_gsm8k.py"), str(tmp_path), "--out", str(tmp_path / "out")]
     done = subprocess.run(script, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "train.jsonl" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "train.jsonl" in done.stderr
 
 
 def test_there_are_commands_of_both_recipes() -> None:

@@ -580,6 +580,7 @@ def test_the_block_for_an_issue_is_redacted(installation: Installation) -> None:
         (["--for", "=="], "is no name==version"),
         (["--for", ","], "no distribution is named"),
         (["--for", "vllm==0.18.0", "--live"], "not allowed with"),
+        (["--json", "out", "--junit", "./out"], "--json out and --junit out are the same file: name one for each"),
     ],
 )
 def test_usage_errors_exit_2(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -591,12 +592,26 @@ def test_usage_errors_exit_2(options: list[str], says: str, capsys: pytest.Captu
     assert captured.out == ""
 
 
+def test_a_wheel_that_is_read_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from verl_ascend_rollout.tools.cli import main
+
+    wheel = tmp_path / "vllm-0.18.0-py3-none-any.whl"
+    wheel.write_bytes(b"as it is")
+    files = ["--json", str(tmp_path / "a.json"), "--junit", str(wheel)]
+    assert main(["doctor", "--for", "vllm==0.18.0", "--wheels", str(tmp_path), *files]) == 2
+    assert f"--junit {wheel} would overwrite {wheel}, which is read" in capsys.readouterr().err
+    assert wheel.read_bytes() == b"as it is"
+
+
 def test_a_report_that_cannot_be_written(installation: Installation, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    answer = installation.doctor("--junit", str(tmp_path / "file" / "a.xml"))
-    assert answer.status == 1
+    answer = installation.doctor("--junit", str(tmp_path / "file" / "a.xml"), "--markdown", str(tmp_path / "a.md"))
+    assert answer.status == 2
     assert "cannot be written" in answer.err
     assert answer.err.count("\n") == 1
+    # The answer is there all the same, and so is what can be written.
+    assert "To paste into an issue" in answer.out and answer.report["checks"]
+    assert (tmp_path / "a.md").stat().st_size
 
 
 def test_a_question_that_breaks_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

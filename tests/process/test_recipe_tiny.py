@@ -472,3 +472,95 @@ def test_ctrl_c_ends_with_130_and_one_sentence(tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr == "demo: stopped by SIGINT; everything that it had started was ended\n"
+
+
+# the training commands of all recipes, with what stands for Python --------------------------------------------------
+
+
+@pytest.fixture
+def command_line(tmp_path: Path) -> Any:
+    """Runs a recipe's run.sh with a Python that prints its words; the exit status, and what was printed."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\n[ "$2" = verl_ascend_rollout.import_fix ] || echo "$@" "$VERL_FILE_LOGGER_PATH"\n')
+    python.chmod(0o755)
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+
+    def run(recipe: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PYTHON": str(python), **variables}
+        script = RECIPE.parent / recipe / "run.sh"
+        return subprocess.run([script, *words], cwd=cwd, env=environ, capture_output=True, text=True, timeout=60)
+
+    run.cwd = cwd  # type: ignore[attr-defined]
+    return run
+
+
+RECIPES = sorted(file.parent.name for file in RECIPE.parent.glob("*/run.sh"))
+
+
+@pytest.mark.parametrize("words", [["--cfg", "job", "platform=npu"], ["platform=npu", "-c", "job"], ["--info=config"]])
+@pytest.mark.parametrize("recipe", RECIPES[:2])
+def test_to_print_the_configuration_takes_no_data_and_makes_no_folder(
+    recipe: str, words: list[str], command_line: Any
+) -> None:
+    done = command_line(recipe, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"hydra.run.dir='{command_line.cwd}/outputs/{recipe}/hydra'" in done.stdout
+    assert list(command_line.cwd.iterdir()) == []
+    # verl's plug-in would make the folder of verl's metrics.
+    assert done.stdout.endswith(" \n")
+    # Without it, what is missing is said.
+    done = command_line(recipe, "platform=npu")
+    assert done.returncode == 2 and done.stderr.startswith("run.sh: no data at ")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "value"),
+    [
+        *((recipe, "TP", "0") for recipe in RECIPES[:2]),
+        *((recipe, "NODES", "1 + 1") for recipe in RECIPES[:2]),
+        *((recipe, "DEVICES", value) for recipe in RECIPES for value in ("abc", "-1", "08")),
+        ("grpo_tiny_cpu", "STEPS", "1e3"),
+    ],
+)
+def test_a_number_that_is_none_is_one_sentence(recipe: str, name: str, value: str, command_line: Any) -> None:
+    done = command_line(recipe, "--cfg", "job", **{name: value})
+    assert done.returncode == 2
+    assert done.stderr == f"run.sh: {name}={value} is no whole number of at least 1\n"
+    assert done.stdout == "" and list(command_line.cwd.iterdir()) == []
+
+
+# gsm8k --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (None, "has neither train.jsonl nor main/train-*.parquet: download gsm8k there"),
+        ('{"question": "1+1?"}', "train.jsonl line 2 has no text 'answer', which each record of gsm8k has"),
+        ('{"question": 1, "answer": "2"}', "train.jsonl line 2 has no text 'question'"),
+        ("[]", "train.jsonl line 2 has no text 'question'"),
+        ("{", "train.jsonl line 2 is no JSON"),
+    ],
+)
+def test_data_that_is_not_gsm8k_is_one_sentence(
+    line: str | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow")
+    spec = importlib.util.spec_from_file_location("prepare_gsm8k", RECIPE.parent / "prepare_gsm8k.py")
+    assert spec is not None and spec.loader is not None
+    prepare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(prepare)
+    good = '{"question": "1+1?", "answer": "so #### 2"}\n'
+    if line is not None:
+        (tmp_path / "test.jsonl").write_text(good)
+        (tmp_path / "train.jsonl").write_text(good + line)
+    assert prepare.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("prepare_gsm8k.py: ") and captured.err.count("\n") == 1 and says in captured.err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "test.jsonl").write_text(good)
+    (tmp_path / "train.jsonl").write_text(good)
+    assert prepare.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from verl_ascend_rollout.tools import cli
+from verl_ascend_rollout.tools.arguments import UsageError
 from verl_ascend_rollout.tools.bench import weights
 from verl_ascend_rollout.tools.bench.table import BenchError, Column, show, write
 from verl_ascend_rollout.tools.toy_model import Geometry, scaled_to
@@ -35,7 +36,7 @@ def test_widths_follow_the_size_and_depth_does_not(size: int) -> None:
 def test_what_does_not_fit_is_said_with_the_numbers() -> None:
     with pytest.raises(BenchError, match=r"1048576\.00 GiB of weights are wanted 5 times, and .* are available"):
         weights.fitting_geometry(1 << 50, 24, 60)
-    with pytest.raises(BenchError, match=r"a model of 1000 layers and 60 experts takes \d+ bytes at least"):
+    with pytest.raises(UsageError, match=r"a model of 1000 layers and 60 experts takes \d+ bytes at least"):
         weights.fitting_geometry(1 << 20, 1000, 60)
 
 
@@ -86,9 +87,9 @@ def test_the_files_hold_what_the_screen_shows(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(BenchError, match="cannot be written: No such file"):
+    with pytest.raises(UsageError, match="cannot be written: No such file"):
         write(Namespace(json=tmp_path / "no" / "rows.json", plot=None), [], {}, "title", "unit", {})
-    with pytest.raises(BenchError, match="cannot be drawn"):
+    with pytest.raises(UsageError, match="cannot be drawn"):
         write(Namespace(json=None, plot=tmp_path / "rows.nonsense"), [], {}, "title", "unit", {"a": 1.0})
 
 
@@ -138,12 +139,27 @@ def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(
     what: str, option: str, file: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """100,000 GiB fit nowhere: what is wrong with the file is said before that."""
-    assert cli.main(["bench", what, "--gib", "100000", option, f"{tmp_path}/{file}"]) == 1
+    assert cli.main(["bench", what, "--gib", "100000", option, f"{tmp_path}/{file}"]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_a_geometry_that_cannot_be_is_one_sentence_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "weights", "--gib", "100000"]) == 1
+def test_one_file_that_cannot_be_written_does_not_cost_the_other(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--json /dev/full cannot be written: No space left"):
+        write(Namespace(json="/dev/full", plot=tmp_path / "rows.svg"), [], {}, "title", "unit", {"a": 1.0})
+    assert (tmp_path / "rows.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("gib", "status", "says"),
+    [
+        ("100000", 1, "ask for less with --gib"),  # this machine's memory
+        ("0.0001", 2, "ask for fewer with --layers or --experts, or for more with --gib"),  # no machine's
+    ],
+)
+def test_a_geometry_that_cannot_be_is_one_sentence(
+    gib: str, status: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "weights", "--gib", gib]) == status
     error = capsys.readouterr().err
-    assert "ask for less with --gib" in error
+    assert says in error
     assert "Traceback" not in error

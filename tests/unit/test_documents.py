@@ -289,7 +289,30 @@ def test_the_images_that_the_dockerfiles_build_on_are_arguments() -> None:
 def test_the_runtime_env_is_yaml_of_plain_strings() -> None:
     env = yaml.safe_load((ROOT / "recipes/runtime_env.yaml").read_text(encoding="utf-8"))
     assert all(isinstance(value, str) for value in env["env_vars"].values())
-    assert "/outputs/" in env["excludes"]
+    # Of what run.sh reads, nothing else reaches a job; a working directory would, and with it OUT (docs/cluster.md).
+    assert {"NODES", "DEVICES", "DATA", "OUT"} <= set(env["env_vars"]) and set(env) == {"env_vars"}
+    for file in (ROOT / "recipes").glob("*/README.md"):
+        for command in re.findall(r"^    (ray job submit .*)$", file.read_text(encoding="utf-8"), re.MULTILINE):
+            words = shlex.split(command)
+            assert "--address" in words and "--working-dir" not in words
+            script = words[words.index("--") + 1]
+            assert script.startswith("/") and (ROOT / script.partition("/verl_ascend_rollout/")[2]).is_file()
+
+
+def test_the_emulators_page_has_each_stack_with_verl() -> None:
+    """Under the heading that says which verl it is, and for which Python."""
+    page = (ROOT / "emulator/README.md").read_text(encoding="utf-8")
+    (table,) = [table for table in tables(page) if table[0][:3] == ["stack", "verl", "Python"]]
+    told = {name: row[1:3] for row in table[2:] for name in row[0].split(", ")}
+    text = (ROOT / "emulator/stacks.toml").read_text(encoding="utf-8")
+    sections = re.split(r'^\[stack\."(.*)"\]$', text, flags=re.MULTILINE)[1:]
+    stacks = dict(zip(sections[::2], sections[1::2], strict=True))
+    found = {name: re.findall(r'"verl==(.*?)"', stack) for name, stack in stacks.items()}
+    python = {name: re.findall(r'^python = "(.*)"', stack, re.MULTILINE) for name, stack in stacks.items()}
+    like = {name: re.findall(r'^like = "(.*)"', stack, re.MULTILINE) for name, stack in stacks.items()}
+    assert told == {
+        name: [verl, *(python[name] or python[like[name][0]])] for name, versions in found.items() for verl in versions
+    }
 
 
 def test_the_workflows_call_what_is_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -180,3 +181,27 @@ def test_a_python_that_cannot_be_used_is_said_before_anything_is_installed(pytho
     assert done.returncode == 2
     assert f"PYTHON={python} does not run Python 3.10, 3.11 or 3.12" in done.stderr
     assert not done.stdout and not (tmp_path / "venv").exists()
+
+
+def made(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Ask make, whatever make runs these tests with."""
+    environ = {name: value for name, value in os.environ.items() if name not in ("STACK", "MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environ)
+
+
+@pytest.mark.parametrize("lock", sorted((ROOT / "requirements/stacks").glob("*.txt")), ids=lambda lock: lock.stem)
+def test_the_command_in_a_stacks_lock_compiles_that_lock_and_no_other(lock: Path) -> None:
+    (command,) = re.findall(r"^#    make (.*)$", lock.read_text(encoding="utf-8"), re.MULTILINE)
+    assert command == f"lock STACK={lock.stem}"
+    done = made("-n", *command.split())
+    assert done.returncode == 0
+    assert f"requirements/stacks.py lock {lock.stem}\n" in done.stdout
+    assert "pip compile" not in done.stdout and "pip compile" in made("-n", "lock").stdout
+
+
+def test_a_stack_that_is_not_there_is_one_sentence() -> None:
+    done = made("demo", "STACK=nonsense")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[0] == "there is no stack nonsense: `make stacks` lists those that there are"
+    assert not (ROOT / ".venv-nonsense").exists() and not list((ROOT / "requirements").rglob("nonsense*"))

@@ -196,6 +196,18 @@ def test_the_bundle_runs_from_anywhere_and_is_the_same_each_time(tmp_path: Path)
     )
     assert done.returncode == 2
     assert "vLLM has no graphs on a CPU" in done.stderr and "Traceback" not in done.stderr
+    # Nor does it write itself, of which nothing would be left.
+    before = (tmp_path / "smoke.pyz").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code.replace("'--tiny', '--graph'", "'--bundle', 'smoke.pyz'")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--bundle smoke.pyz would overwrite " in done.stderr
+    assert (tmp_path / "smoke.pyz").read_bytes() == before
 
 
 # lines ---------------------------------------------------------------------------------------------------------------
@@ -495,6 +507,18 @@ def test_a_reference_that_does_not_fit_is_skipped_with_the_numbers(play: Any, mo
     check = next(check for check in report.checks if check.name == parity.NAME)
     assert check.verdict == "skip"
     assert "GiB in float32 (0.00 billion parameters), and 0.5 GiB of memory are available" in check.summary
+
+
+def test_a_report_that_cannot_be_written_costs_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "child_command", lambda which, asked: [sys.executable, "-c", CHILD + ENGINE + CALLS])
+    monkeypatch.setitem(run.FILES, "json", "/dev/full")
+    assert main(["smoke", "--tiny", "--out", str(tmp_path), "--skip", parity.NAME]) == 2
+    captured = capsys.readouterr()
+    assert "engine.start: the engine was ready" in captured.out
+    assert captured.err.endswith("ascend-safe: /dev/full cannot be written: No space left on device\n")
+    assert (tmp_path / "smoke.md").stat().st_size
 
 
 def test_skipped_checks_say_so(play: Any) -> None:

@@ -252,6 +252,31 @@ def test_a_picture_that_cannot_be_drawn_is_one_sentence(
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize("ending", ["png", "json"])
+def test_events_are_not_drawn_over(
+    recorded: Path, tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = recorded.read_bytes()
+    link = tmp_path / f"link.{ending}"
+    link.symlink_to(recorded)
+    assert main(["timeline", str(recorded), "--out", str(link)]) == 2
+    told = capsys.readouterr()
+    assert told.err == f"ascend-safe: --out {link} would overwrite {recorded}, which is read: name another file\n"
+    assert (told.out, recorded.read_bytes()) == ("", before)
+
+
+@pytest.mark.parametrize(("ending", "said"), [("png", "drawn"), ("json", "written")])
+def test_a_picture_that_cannot_be_written_costs_no_totals(
+    recorded: Path, tmp_path: Path, ending: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / f"full.{ending}"
+    full.symlink_to("/dev/full")
+    assert main(["timeline", str(recorded), "--out", str(full)]) == 2
+    told = capsys.readouterr()
+    assert told.err == f"ascend-safe: --out {full} cannot be {said}: No space left on device\n"
+    assert "asleep: training" in told.out and "drawn into" not in told.out
+
+
 def test_without_matplotlib_only_the_picture_is_missing(
     recorded: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

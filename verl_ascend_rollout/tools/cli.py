@@ -16,6 +16,7 @@ from verl_ascend_rollout.platforms.base import PlatformError
 from verl_ascend_rollout.policy import job_config
 from verl_ascend_rollout.policy.engine_args import PolicyError
 from verl_ascend_rollout.tools import completion, explain, terminal, timeline
+from verl_ascend_rollout.tools.arguments import UsageError
 from verl_ascend_rollout.tools.bench import cli as bench
 from verl_ascend_rollout.tools.compare import cli as compare
 from verl_ascend_rollout.tools.doctor import cli as doctor
@@ -71,7 +72,7 @@ def _run(argv: list[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     except (PlatformError, PolicyError) as error:
         return terminal.fail(error, 1)
-    except (job_config.ConfigError, events.EventsError) as error:
+    except (job_config.ConfigError, events.EventsError, UsageError) as error:
         return terminal.fail(error, 2)
 
 

@@ -19,7 +19,7 @@ from verl_ascend_rollout.platforms.npu import soc_named
 from verl_ascend_rollout.policy import conflicts, job_config
 from verl_ascend_rollout.policy.engine_args import Decisions, PolicyError, decide, table
 from verl_ascend_rollout.tools import terminal
-from verl_ascend_rollout.tools.arguments import positive
+from verl_ascend_rollout.tools.arguments import file_name, positive
 
 TRUTH = {"true": True, "false": False, "auto": None}
 SWITCHES = {
@@ -50,8 +50,13 @@ def add_parser(commands: Any) -> None:
         "your settings", "as in the rollout's configuration; what is given here goes before what --config says"
     )
     add = settings.add_argument
-    add("--config", metavar="FILE", help="a job's configuration: its .hydra/config.yaml, or the rollout's settings")
-    add("--model", metavar="DIR", help="the model's folder, for what its config.json says")
+    add(
+        "--config",
+        type=file_name,
+        metavar="FILE",
+        help="a job's configuration: its .hydra/config.yaml, or the rollout's settings",
+    )
+    add("--model", type=file_name, metavar="DIR", help="the model's folder, for what its config.json says")
     for name, choices in SWITCHES.items():
         add(f"--{name.replace('_', '-')}", choices=choices)
     for name, told in (("kv_release", ", ".join(get_args(KVRelease))), ("kv_rung", argparse.SUPPRESS)):

@@ -288,6 +288,21 @@ def write(report: Report, path: str | os.PathLike[str], form: str) -> None:
         raise ReportError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def write_each(reports: Mapping[str, Report], paths: Mapping[str, str | os.PathLike[str] | None]) -> dict[str, str]:
+    """Write a report for each form that has a path; return a sentence for each form that cannot be written.
+
+    What was found took minutes and is printed all the same: a full disk costs the file and not the answer.
+    """
+    problems = {}
+    for form, path in paths.items():
+        if path is not None:
+            try:
+                write(reports[form], path, form)
+            except ReportError as error:
+                problems[form] = str(error)
+    return problems
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, TypeError):
         return "its schema is no version"

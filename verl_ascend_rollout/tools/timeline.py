@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from verl_ascend_rollout.events import EventsError, Log, load
 from verl_ascend_rollout.tools import picture, terminal, trace
+from verl_ascend_rollout.tools.arguments import check_outputs, file_name
 
 Event = Mapping[str, Any]
 
@@ -59,9 +60,10 @@ def add_parser(commands: Any) -> None:
         description="Print the totals of a run's lifecycle events (engine_kwargs.ascend_safe.events), and draw memory "
         "over time with the phases of each training step.",
     )
-    parser.add_argument("events", metavar="EVENTS", help="the file of events: one JSON line each")
+    parser.add_argument("events", type=file_name, metavar="EVENTS", help="the file of events: one JSON line each")
     parser.add_argument(
         "--out",
+        type=file_name,
         metavar="FILE",
         help="draw into this file: .png, .svg or .pdf (needs matplotlib), or .json for Perfetto",
     )
@@ -73,20 +75,32 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the totals of a file of events, and draw them where that is asked for.
 
     Raises:
-        EventsError: the file has no events, or the picture cannot be drawn.
+        EventsError: the file has no events, or no picture can be drawn; raised after the totals are printed, it cannot
+            be written.
+        UsageError: the picture would overwrite the events.
     """
+    out: str | None = arguments.out
+    check_outputs({"--out": out}, [arguments.events])
+    if out is not None and not out.endswith(".json"):
+        picture.check(out, "--out", EventsError)
     log = read_log(arguments.events)
-    if arguments.out is not None:
-        if arguments.out.endswith(".json"):
-            trace.write(log.events, arguments.out)
-        else:
-            draw(log.events, arguments.out, title=terminal.plain(os.path.basename(arguments.events)))
+    problem: EventsError | None = None
+    if out is not None:
+        try:
+            if out.endswith(".json"):
+                trace.write(log.events, out)
+            else:
+                draw(log.events, out, title=terminal.plain(os.path.basename(arguments.events)))
+        except EventsError as error:
+            problem = error
     if arguments.json:
         print(json.dumps(report(log), indent=2))
     else:
         show(log)
-        if arguments.out is not None:
-            print(f"drawn into {terminal.plain(arguments.out)}")
+        if out is not None and problem is None:
+            print(f"drawn into {terminal.plain(out)}")
+    if problem is not None:
+        raise problem
     return 0
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from verl_ascend_rollout import import_fix
 from verl_ascend_rollout.tools import terminal
-from verl_ascend_rollout.tools.arguments import gib, positive
+from verl_ascend_rollout.tools.arguments import check_outputs, file_name, gib, positive
 from verl_ascend_rollout.tools.bench import kv, table, weights
 from verl_ascend_rollout.tools.bench.table import BenchError
 
@@ -39,7 +40,9 @@ def add_parser(commands: Any) -> None:
         description="Start vLLM on a model with made-up weights and time each way that works here to give the KV "
         "cache's memory back and to take it again, beside allocating and touching as many bytes (the floor).",
     )
-    cache.add_argument("--model", metavar="PATH", help="a checkpoint folder; only its config.json is used")
+    cache.add_argument(
+        "--model", type=file_name, metavar="PATH", help="a checkpoint folder; only its config.json is used"
+    )
     cache.add_argument("--gib", type=gib, default=1.0, metavar="X", help="size of the KV cache in GiB (1)")
     for parser, run, repeats in ((sync, weights.run, 5), (cache, kv.run, 9)):
         parser.set_defaults(run=_run, bench=run)
@@ -50,13 +53,23 @@ def add_parser(commands: Any) -> None:
             metavar="N",
             help=f"of each step; the median counts ({repeats})",
         )
-        parser.add_argument("--json", metavar="FILE", help="write the rows as JSON")
-        parser.add_argument("--plot", metavar="FILE", help="draw them; the ending says the format (.png, .svg, .pdf)")
+        parser.add_argument("--json", type=file_name, metavar="FILE", help="write the rows as JSON")
+        parser.add_argument(
+            "--plot", type=file_name, metavar="FILE", help="draw them; the ending says the format (.png, .svg, .pdf)"
+        )
         import_fix.add_option(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Run a bench; the exit status: 0, or 1 where it could not be run to its end."""
+    """Run a bench; the exit status: 0, or 1 where it could not be run to its end.
+
+    Raises:
+        UsageError: a file cannot be written, or would overwrite the model's configuration.
+        ConfigError: the model has none that can be read.
+    """
+    model = getattr(arguments, "model", None)
+    outputs = {"--json": arguments.json, "--plot": arguments.plot}
+    check_outputs(outputs, [Path(model, "config.json")] if model is not None else ())
     try:
         table.check(arguments)
         import_fix.begin(arguments)

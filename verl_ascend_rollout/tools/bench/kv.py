@@ -52,14 +52,16 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and write what was asked for.
 
     Raises:
-        BenchError: an engine did not start, or a file cannot be written.
+        BenchError: an engine did not start.
+        ConfigError: the model has no configuration that can be read.
+        UsageError: a file cannot be written.
     """
     model = arguments.model
     if model is not None:
         try:
             read_model_config(Path(model))
         except ConfigError as error:
-            raise BenchError(f"--model {error}") from None
+            raise ConfigError(f"--model {error}") from None
     facts = detect()
     request = EngineRequest(enforce_eager=True, environ=dict(os.environ))
     several = bool(decide(facts, request)["enable_sleep_mode"].value)

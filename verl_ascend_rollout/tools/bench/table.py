@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from verl_ascend_rollout.tools import picture, terminal
+from verl_ascend_rollout.tools.arguments import UsageError
 
 Row = Mapping[str, Any]
 
 
 class BenchError(RuntimeError):
-    """A bench cannot be run as it was asked for.  The message says what to change."""
+    """A bench cannot be run, or not to its end.  The message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,16 @@ def check(arguments: argparse.Namespace) -> None:
     """Check that --json and --plot can be written, before anything takes minutes.
 
     Raises:
-        BenchError: one of them cannot.
+        UsageError: one of them cannot.
     """
     for option, path in (("--json", arguments.json), ("--plot", arguments.plot)):
         if path is not None:
             file = Path(path)
             there = not file.is_dir() if file.exists() else file.parent.is_dir()
             if not there or not os.access(file if file.exists() else file.parent, os.W_OK):
-                raise BenchError(f"{option} {path} cannot be written: give a file in a folder that is there")
+                raise UsageError(f"{option} {path} cannot be written: give a file in a folder that is there")
     if arguments.plot is not None:
-        picture.check(arguments.plot, "--plot", BenchError)
+        picture.check(arguments.plot, "--plot", UsageError)
 
 
 def write(
@@ -74,21 +75,27 @@ def write(
         floor: where a line is drawn.
 
     Raises:
-        BenchError: a file cannot be written, or matplotlib is missing.
+        UsageError: a file cannot be written; the other one is, all the same.
     """
+    problems = []
     if arguments.json:
         text = json.dumps({"rows": list(rows), **facts}, indent=2, default=str) + "\n"
         try:
             Path(arguments.json).write_text(text, encoding="utf-8")
         except OSError as error:
-            raise BenchError(f"{arguments.json} cannot be written: {error.strerror}") from None
+            problems.append(f"--json {arguments.json} cannot be written: {error.strerror}")
     if arguments.plot:
         size = (8, 0.6 * len(bars) + 1.4)
-        with picture.figure(arguments.plot, "--plot", BenchError, figsize=size) as (_, axes):
-            axes.bar_label(axes.barh(list(bars), list(bars.values()), color="tab:blue"), fmt="%.3g", padding=3)
-            if floor is not None:
-                axes.axvline(floor, color="tab:red", linestyle="--", linewidth=1)
-            axes.invert_yaxis()
-            axes.margins(x=0.15)
-            axes.set_xlabel(unit)
-            axes.set_title(title, loc="left")
+        try:
+            with picture.figure(arguments.plot, "--plot", UsageError, figsize=size) as (_, axes):
+                axes.bar_label(axes.barh(list(bars), list(bars.values()), color="tab:blue"), fmt="%.3g", padding=3)
+                if floor is not None:
+                    axes.axvline(floor, color="tab:red", linestyle="--", linewidth=1)
+                axes.invert_yaxis()
+                axes.margins(x=0.15)
+                axes.set_xlabel(unit)
+                axes.set_title(title, loc="left")
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("; ".join(problems))

@@ -19,6 +19,7 @@ import psutil
 
 from verl_ascend_rollout import __version__
 from verl_ascend_rollout.platforms.detect import detect
+from verl_ascend_rollout.tools.arguments import UsageError
 from verl_ascend_rollout.tools.bench import engine as engines
 from verl_ascend_rollout.tools.bench import table
 from verl_ascend_rollout.tools.bench.table import BenchError, Column
@@ -51,7 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure, print, and write what was asked for.
 
     Raises:
-        BenchError: the weights do not fit, or a file cannot be written.
+        BenchError: the weights do not fit.
+        UsageError: a file cannot be written, or no such model can be that small.
     """
     size = int(arguments.gib * 2**30) if arguments.gib else None
     geometry = fitting_geometry(size, arguments.layers, arguments.experts)
@@ -72,7 +74,8 @@ def fitting_geometry(size: int | None, layers: int | None, experts: int) -> Geom
         experts: of each layer.
 
     Raises:
-        BenchError: it does not fit.
+        BenchError: it does not fit into this machine's memory.
+        UsageError: no model of so many layers and experts is that small.
     """
     available = int(psutil.virtual_memory().available)
     if size is None:
@@ -84,7 +87,7 @@ def fitting_geometry(size: int | None, layers: int | None, experts: int) -> Geom
         try:
             geometry = scaled_to(size, layers or Geometry.layers, experts)
         except ValueError as error:
-            raise BenchError(f"{error}: ask for fewer with --layers or --experts, or for more with --gib") from None
+            raise UsageError(f"{error}: ask for fewer with --layers or --experts, or for more with --gib") from None
     wanted = size or geometry.bytes()
     if wanted * COPIES > available:
         raise BenchError(

@@ -6,16 +6,16 @@ import argparse
 import gc
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_args
 
 from verl_ascend_rollout.platforms.base import Soc
 from verl_ascend_rollout.platforms.npu import soc_named
 from verl_ascend_rollout.tools import report as reports
 from verl_ascend_rollout.tools import terminal
+from verl_ascend_rollout.tools.arguments import check_outputs, file_path
 from verl_ascend_rollout.tools.doctor import wheels
 from verl_ascend_rollout.tools.redaction import redact
-from verl_ascend_rollout.tools.report import Report, ReportError
+from verl_ascend_rollout.tools.report import Report
 
 NEEDED = ("fail", "warn", "unknown")
 """The verdicts that need a look."""
@@ -29,7 +29,7 @@ def add_parser(commands: Any) -> None:
         description="Examine this installation without importing torch, verl, vLLM or vllm-ascend: what is installed "
         "and what hides it, which versions go together, which libraries are missing, which settings cannot work, and "
         "whether what ascend_safe relies on is still where it was.  Exit status: 0; 1 where a check failed; 2 for a "
-        "usage error.",
+        "usage error, or a report that cannot be written.",
     )
     parser.set_defaults(run=run, parser=parser)
     what = parser.add_mutually_exclusive_group()
@@ -48,14 +48,16 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--wheels",
-        type=Path,
+        type=file_path,
         metavar="DIR",
         help="with --for: where the wheels are, or are downloaded to (default: verl_ascend_rollout/wheels in the "
         "user's cache folder, which keeps 2 GiB of them at most)",
     )
     parser.add_argument("--all", action="store_true", help="print every check, also those that passed or do not apply")
     for form, what_for in (("json", "machines"), ("markdown", "people"), ("junit", "CI systems")):
-        parser.add_argument(f"--{form}", type=Path, metavar="FILE", help=f"write the report for {what_for} as well")
+        parser.add_argument(
+            f"--{form}", type=file_path, metavar="FILE", help=f"write the report for {what_for} as well"
+        )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -63,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Raises:
         SystemExit: with status 2, for a usage error.
+        UsageError: two reports would go into one file, or one into a wheel that is read.
     """
     from verl_ascend_rollout.tools.doctor.examine import examine, examine_wheels
 
@@ -73,6 +76,11 @@ def run(arguments: argparse.Namespace) -> int:
     soc = soc_named(arguments.soc) if arguments.soc is not None else None
     if arguments.soc is not None and soc is None:
         arguments.parser.error(f"--soc: {arguments.soc!r} is no Ascend chip that is known here")
+    written = {form: getattr(arguments, form) for form in reports.FORMS}
+    check_outputs(
+        {f"--{form}": file for form, file in written.items()},
+        arguments.wheels.glob("*.whl") if arguments.wheels is not None else (),
+    )
     # Syntax trees of a million nodes, none of them garbage: to look for some took a quarter of the time.
     gc.disable()
     try:
@@ -88,15 +96,13 @@ def run(arguments: argparse.Namespace) -> int:
             stack.close()
         else:
             report = examine(with_live=arguments.live)
-        for form in reports.FORMS:
-            if (path := getattr(arguments, form)) is not None:
-                reports.write(report, path, form)
+        unwritten = reports.write_each(dict.fromkeys(written, report), written)
         show(report, every=arguments.all)
-    except (ReportError, wheels.WheelError) as error:
+    except wheels.WheelError as error:
         return terminal.fail(redact(str(error)), 1)
     finally:
         gc.enable()
-    return report.exit_code
+    return terminal.fail(redact("; ".join(unwritten.values())), 2) if unwritten else report.exit_code
 
 
 def show(report: Report, every: bool = False) -> None:

@@ -115,7 +115,8 @@ def devices(facts: PlatformFacts, environ: Mapping[str, str]) -> Check:
         return passed("env.devices", summary, evidence, risk="none")
     hidden = f", {name} hides them" if name in environ else ""
     summary = f"no device is visible here{hidden}: right on a head node, wrong where the engine is to run"
-    return warned("env.devices", summary, f"unset {name}, or run doctor where the devices are", evidence)
+    advice = "run doctor where the devices are; a container has those that it was given (docker/README.md)"
+    return warned("env.devices", summary, f"unset {name}, or {advice}" if name in environ else advice, evidence)
 
 
 def ray_variables(facts: PlatformFacts, environ: Mapping[str, str], sources: Sources) -> Check:

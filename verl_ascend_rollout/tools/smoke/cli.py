@@ -14,11 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import verl_ascend_rollout
 from verl_ascend_rollout import import_fix
 from verl_ascend_rollout.platforms.base import PlatformError
 from verl_ascend_rollout.platforms.detect import detect
 from verl_ascend_rollout.tools import report as reports
-from verl_ascend_rollout.tools.arguments import gib, positive, seconds, share
+from verl_ascend_rollout.tools.arguments import (
+    UsageError,
+    check_outputs,
+    file_name,
+    file_path,
+    gib,
+    positive,
+    seconds,
+    share,
+)
 from verl_ascend_rollout.tools.redaction import redact, redact_file
 from verl_ascend_rollout.tools.smoke import request, run, text
 from verl_ascend_rollout.tools.smoke.request import Options, RequestError
@@ -31,7 +41,8 @@ DESCRIPTION = (
     "Load a model into vLLM on this machine, generate, check, and write what was found: the same report on every "
     "platform.  Checks: the engine starts; greedy output is the same each time; log-probabilities are finite and those "
     "of Hugging Face's model; the KV cache can be given back and taken again; weights can be loaded again; sleep and "
-    "wake-up; unknown warnings.  verl is not needed.  Exit status: 0; 1 where a check failed; 2 for a usage error."
+    "wake-up; unknown warnings.  verl is not needed.  Exit status: 0; 1 where a check failed; 2 for a usage error, "
+    "or a report that cannot be written."
 )
 
 
@@ -45,10 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options, and what is called with them."""
     parser.usage = "%(prog)s [MODEL | --tiny] [OPTION ...]"
     parser.set_defaults(run=start, parser=parser)
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint's folder, or a name on the hub")
+    parser.add_argument(
+        "model", nargs="?", type=file_name, metavar="MODEL", help="a checkpoint's folder, or a name on the hub"
+    )
     parser.add_argument("--tiny", action="store_true", help="make a toy Qwen1.5-MoE of 60 experts, and take that")
     parser.add_argument(
-        "--bundle", type=Path, metavar="FILE", help="write this command as one file, smoke.pyz, and stop"
+        "--bundle", type=file_path, metavar="FILE", help="write this command as one file, smoke.pyz, and stop"
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument("--tp", dest="tensor_parallel", type=positive, metavar="N", help="tensor parallel size (1)")
@@ -88,7 +101,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--skip", dest="skipped", action="append", choices=run.OPTIONAL, metavar="CHECK", help=", ".join(run.OPTIONAL)
     )
     parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="for everything (1800)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="for the report and the log (new, in outputs/)")
+    parser.add_argument("--out", type=file_path, metavar="DIR", help="for the report and the log (new, in outputs/)")
 
 
 def _prompt(text: str) -> str:
@@ -101,7 +114,8 @@ def start(arguments: argparse.Namespace) -> int:
     """Run the command.
 
     Returns:
-        The exit status: 0; 1 where a check failed; 2 for a usage error; 128 and the signal's number where one ended us.
+        The exit status: 0; 1 where a check failed; 2 for a usage error, or a report that cannot be
+        written; 128 and the signal's number where one ended us.
     """
     parser = arguments.parser
     if arguments.bundle is not None:
@@ -127,14 +141,19 @@ def start(arguments: argparse.Namespace) -> int:
     progress = Progress(console(stderr=True))
     try:
         report, found, stopped = run.run(prepared, progress.phase, lambda: progress.tick(prepared.options.timeout))
-    except (reports.ReportError, OSError) as error:
+    except OSError as error:
         return fail(redact(str(error)), 1)
     except KeyboardInterrupt:  # while no child ran
         return fail("stopped", INTERRUPTED + signal.SIGINT)
     finally:
         progress.close()
         redact_file(out / run.LOG)  # people are asked to send it
+    unwritten = reports.write_each(
+        dict.fromkeys(reports.FORMS, report), {form: out / file for form, file in run.FILES.items()}
+    )
     text.show(report, found, out)
+    if unwritten:
+        return fail(redact("; ".join(unwritten.values())), 2)
     return INTERRUPTED + stopped if stopped else report.exit_code
 
 
@@ -171,12 +190,16 @@ def _make_folder(wanted: Path | None) -> Path:
     return folder
 
 
-def _bundle(path: Path) -> int:
+def _bundle(file: Path) -> int:
     from verl_ascend_rollout.tools.smoke import bundle
 
     try:
-        size = bundle.write(path)
+        # smoke.pyz that writes itself would be empty before it is read.
+        check_outputs({"--bundle": file}, [Path(verl_ascend_rollout.__file__).parents[1]])
+        size = bundle.write(file)
+    except UsageError as error:
+        return fail(redact(str(error)), 2)
     except OSError as error:
-        return fail(redact(f"{path} cannot be written: {error.strerror}"), 2)
-    print(f"{path}: {size / 1024:.0f} KiB; run it with the Python that has vLLM: python {path.name} --tiny")
+        return fail(redact(f"{file} cannot be written: {error.strerror}"), 2)
+    print(f"{file}: {size / 1024:.0f} KiB; run it with the Python that has vLLM: python {file.name} --tiny")
     return 0

@@ -16,7 +16,7 @@ import msgspec
 
 import verl_ascend_rollout
 from verl_ascend_rollout.engine import causes
-from verl_ascend_rollout.tools.report import Check, Evidence, Report, Risk, write
+from verl_ascend_rollout.tools.report import Check, Evidence, Report, Risk
 from verl_ascend_rollout.tools.smoke import lines, machine, measured, parity, text
 from verl_ascend_rollout.tools.smoke.measured import Smoke
 from verl_ascend_rollout.tools.smoke.request import Request
@@ -233,7 +233,7 @@ class Run:
 
 
 def run(request: Request, show: Show, on_tick: Callable[[], None] = lambda: None) -> tuple[Report, Smoke, int]:
-    """Run everything and write the report into the output folder.
+    """Run everything, with the log in the output folder.
 
     Args:
         request: what to run.
@@ -244,16 +244,12 @@ def run(request: Request, show: Show, on_tick: Callable[[], None] = lambda: None
         The report, its facts, and the signal by which the user stopped us (0: none).
 
     Raises:
-        ReportError: the report cannot be written.
-        OSError: nor the log.
+        OSError: the log cannot be written.
     """
     found = Run(request, show, on_tick)
     stopped = found.engine() or found.reference()
     facts = make_facts(found)
-    report = make_report(found, facts)
-    for form, name in FILES.items():
-        write(report, request.options.out / name, form)
-    return report, facts, stopped
+    return make_report(found, facts), facts, stopped
 
 
 def child_command(which: str, asked: Path) -> list[str]:
