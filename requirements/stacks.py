@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -26,8 +27,9 @@ from pip_settings import settings
 
 try:
     import tomllib
-except ModuleNotFoundError:  # Python 3.10: pip, which makes the environments, brings the same
-    from pip._vendor import tomli as tomllib
+except ModuleNotFoundError:  # Python 3.10
+    # pytest brings the same, and so does pip, whose import turns setuptools' distutils off.
+    tomllib = importlib.import_module("tomli" if importlib.util.find_spec("tomli") else "pip._vendor.tomli")
 
 HERE = Path(__file__).resolve().parent
 DEMO = ("matplotlib>=3.8",)

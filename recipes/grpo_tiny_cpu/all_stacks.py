@@ -13,6 +13,7 @@ Exit code 0: every run of ours trained.  1: one did not.  2: bad arguments.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from typing import Any
 
 try:
     import tomllib
-except ModuleNotFoundError:  # Python 3.10: pip, which makes the environments, brings the same
-    from pip._vendor import tomli as tomllib
+except ModuleNotFoundError:  # Python 3.10
+    # pytest brings the same, and so does pip, whose import turns setuptools' distutils off.
+    tomllib = importlib.import_module("tomli" if importlib.util.find_spec("tomli") else "pip._vendor.tomli")
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUTS = ROOT / "outputs"

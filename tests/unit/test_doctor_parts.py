@@ -14,8 +14,8 @@ import pytest
 
 try:
     import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    from pip._vendor import tomli as tomllib  # type: ignore[no-redef]
+except ModuleNotFoundError:  # Python 3.10: pytest brings it
+    import tomli as tomllib  # type: ignore[import-not-found, no-redef]
 
 from verl_ascend_rollout.platforms.base import PlatformName
 from verl_ascend_rollout.platforms.detect import planned
