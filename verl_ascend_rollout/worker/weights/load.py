@@ -20,7 +20,7 @@ from verl_ascend_rollout.worker.weights.cpu.packed_experts import DirectWrites
 from verl_ascend_rollout.worker.weights.expected import Expected
 from verl_ascend_rollout.worker.weights.layout import recorded_layers
 from verl_ascend_rollout.worker.weights.manifest import Manifest, differs, first_line
-from verl_ascend_rollout.worker.weights.plan import Copy, Plan, Route
+from verl_ascend_rollout.worker.weights.plan import Copy, Fill, Plan, Route
 from verl_ascend_rollout.worker.weights.recorder import Incoming, Recorder, castable, used_whole
 from verl_ascend_rollout.worker.weights.region import Region, storage_of
 
@@ -116,9 +116,9 @@ class LoaderPass:
     def findings(self) -> Findings:
         """Return what is wrong with the parameters that are not whole."""
         found = Findings()
-        fills: dict[str, list[Region]] = {}
+        fills: dict[str, list[Fill]] = {}
         for fill in self._recorder.fills:
-            fills.setdefault(fill.target, []).append(fill.destination)
+            fills.setdefault(fill.target, []).append(fill)
         packed = getattr(self._model, "packed_modules_mapping", {})
         expected = Expected(self._plan.known, self._recorder.writers, packed)
         refused = {*self._manifest.refused, *self._recorder.refused}

@@ -245,7 +245,7 @@ class MetaLayers:
 
 def _covers(recorder: Recorder, name: str, parts: Sequence[Region]) -> bool:
     """Return whether every element was written, some of them more than once."""
-    fills = [fill.destination for fill in recorder.fills if fill.target == name]
+    fills = [fill for fill in recorder.fills if fill.target == name]
     return find(name, parts, recorder.writers.get(name, ()), fills, (), (), (), Findings())
 
 
