@@ -261,6 +261,7 @@ def test_capture_sizes(
 
 
 A3_20 = facts_of("npu", "A3", "0.20.2rc1")
+A3_21 = facts_of("npu", "A3", "0.21.0rc1")
 A3_22 = facts_of("npu", "A3", "0.22.1rc1")
 GRID_TO_72 = [1, 2, 4, *range(8, 73, 8)]
 FLASHCOMM1 = {"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"}
@@ -279,7 +280,8 @@ BOTH_MODES = {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}
         (A3_20, EngineRequest(max_num_seqs=77, engine_kwargs=PIECEWISE), [*GRID_TO_72, 77], "max_num_seqs (77)"),
         # Before, the list went on to twice as many.
         (A3_13, EngineRequest(max_num_seqs=77, enforce_eager=False), None, "vllm-ascend thins it out"),
-        # 0.20 still thins, 0.22 does not.
+        # 0.20 still thins, 0.21 does not.
+        (A3_21, EngineRequest(engine_kwargs=BOTH_MODES, model=QWEN_MOE), None, "its limit on streams is gone"),
         (A3_20, EngineRequest(engine_kwargs=BOTH_MODES, model=QWEN_MOE), None, "for 24 layers that is 72 sizes"),
         (A3_22, EngineRequest(engine_kwargs=BOTH_MODES, model=QWEN_MOE), None, "its limit on streams is gone"),
         (
@@ -828,7 +830,10 @@ def test_npu_settings(
         ),
         (facts_of("npu", "310P", "0.11.0"), EngineRequest(expert_parallel_size=2), ["310P", "ValueError"]),
         (facts_of("npu", "310P", "0.13.0"), EngineRequest(expert_parallel_size=2), ["310P", "ValueError"]),
+        (facts_of("npu", "310P", "0.21.0rc1"), EngineRequest(expert_parallel_size=2), ["310P", "RuntimeError"]),
+        (facts_of("npu", "310P", "0.22.1rc1"), EngineRequest(expert_parallel_size=2), ["310P", "RuntimeError"]),
         (facts_of("npu", "310P", "0.23.0"), EngineRequest(expert_parallel_size=2), ["310P", "RuntimeError"]),
+        (facts_of("npu", "310P", "0.25.1rc1"), EngineRequest(expert_parallel_size=2), ["310P", "refused it up to 0.23"]),
         (facts_of("npu", "310P", "0.28.0rc1"), EngineRequest(expert_parallel_size=2), ["310P", "NotImplementedError"]),
         (
             CUDA,
