@@ -31,6 +31,9 @@ ON_UNSAFE = f"{KEY}.on_unsafe"
 MAPPINGS = ("compilation_config", "additional_config")
 """vLLM's arguments that what we decide joins."""
 
+LARGEST = 2**31 - 1
+"""The largest size that anything counts here: vLLM puts them into tensors of 32 bits."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -175,7 +178,7 @@ class EngineRequest:
             tensor_parallel_size=fields.number("tensor_model_parallel_size", 1),
             data_parallel_size=fields.number("data_parallel_size", 1),
             max_num_seqs=fields.number("max_num_seqs", 256),
-            max_model_len=fields.number("max_model_len", 0) or None,
+            max_model_len=fields.number("max_model_len", 0, least=-1) or None,  # -1: what fits (vLLM 0.28)
             cudagraph_capture_sizes=fields.numbers("cudagraph_capture_sizes"),
             lora=lora,
             mtp=bool(mtp is not None and _get(mtp, "enable") and _get(mtp, "enable_rollout")),
@@ -243,11 +246,11 @@ class _Fields:
         self._wrong(name, value, "must be True or False")
         return None
 
-    def number(self, name: str, default: int) -> int:
-        """Return a whole number."""
+    def number(self, name: str, default: int, least: int = 1) -> int:
+        """Return a whole number that a size can be."""
         value = _get(self.given, name)
-        if value is not None and not _is_whole(value):
-            self._wrong(name, value, "must be a whole number")
+        if value is not None and (not _is_whole(value) or not least <= int(value) <= LARGEST):
+            self._wrong(name, value, f"must be a whole number from {least} to {LARGEST}")
             value = None
         return default if value is None else int(value)
 
@@ -256,8 +259,9 @@ class _Fields:
         value = _get(self.given, name)
         if not value:
             return None
-        if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(_is_whole, value)):
-            self._wrong(name, value, "must be a list of whole numbers")
+        whole = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_whole, value))
+        if not whole or not all(1 <= int(each) <= LARGEST for each in value):
+            self._wrong(name, value, f"must be a list of whole numbers from 1 to {LARGEST}")
             return None
         return tuple(map(int, value))
 
