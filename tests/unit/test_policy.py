@@ -564,6 +564,19 @@ TOY_FACTS = ModelFacts.from_config(TOY)
         ({**TOY, "layer_types": ["full_attention", "sliding_attention"]}, 1024 * 2 // 2),
         ({**TOY, "layer_types": ["full_attention", "linear_attention"]}, None),
         ({**TOY, "kv_lora_rank": 512}, None),
+        *(
+            ({**TOY, name: value}, None)
+            for name, value in (
+                ("mamba_d_ssm", 256),  # falcon_h1
+                ("attn_layer_period", 2),  # jamba
+                ("attn_layer_indices", [1]),  # bamba
+                ("layers_block_type", ["hybrid", "mamba"]),  # zamba2
+                ("lru_width", 64),  # recurrent_gemma
+                ("full_attention_interval", 4),  # qwen3_next as it is published
+                ("global_head_dim", 512),  # gemma4
+            )
+        ),
+        ({**TOY, "mamba_expand": None}, 1024),
         ({}, None),
     ],
 )

@@ -31,6 +31,15 @@ ON_UNSAFE = f"{KEY}.on_unsafe"
 MAPPINGS = ("compilation_config", "additional_config")
 """vLLM's arguments that what we decide joins."""
 
+UNLIKE = (
+    *("mamba_d_state", "mamba_d_ssm", "mamba_expand", "mamba_num_heads", "ssm_state_size", "ssm_cfg", "state_size"),
+    *("attn_layer_period", "attn_layer_indices", "attn_type_list", "full_attn_idxs", "full_attention_interval"),
+    *("layers_block_type", "block_types", "hybrid_override_pattern", "linear_attn_config", "linear_num_value_heads"),
+    *("lru_width", "conv_L_cache", "global_head_dim"),
+)
+"""Settings of models whose layers are not all attention of one size, also where they name no `layer_types` (transformers
+5.10: Jamba, Bamba, Falcon-H1, Zamba2, Nemotron-H, RecurrentGemma, LFM2, Qwen3-Next, Gemma 4; vLLM's Kimi-Linear)."""
+
 LARGEST = 2**31 - 1
 """The largest size that anything counts here: vLLM puts them into tensors of 32 bits."""
 
@@ -80,7 +89,9 @@ class ModelFacts:
             experts = 0  # the configuration of a model without experts names none
         kv_heads = _get(text, "num_key_value_heads") or heads
         positions = _get(text, "max_position_embeddings")
-        alike = {"full_attention", "sliding_attention"}.issuperset(_get(text, "layer_types") or ())
+        alike = {"full_attention", "sliding_attention"}.issuperset(_get(text, "layer_types") or ()) and not any(
+            _get(text, name) for name in UNLIKE
+        )
         sizes = (layers, kv_heads, head_size)
         # Where vLLM looks (vllm 0.28, vllm/config/model.py, _parse_quant_hf_config).
         quantized = _get(config, "quantization_config") or _get(text, "quantization_config")
