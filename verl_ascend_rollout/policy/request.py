@@ -37,8 +37,9 @@ UNLIKE = (
     *("layers_block_type", "block_types", "hybrid_override_pattern", "linear_attn_config", "linear_num_value_heads"),
     *("lru_width", "conv_L_cache", "global_head_dim"),
 )
-"""Settings of models whose layers are not all attention of one size, also where they name no `layer_types` (transformers
-5.10: Jamba, Bamba, Falcon-H1, Zamba2, Nemotron-H, RecurrentGemma, LFM2, Qwen3-Next, Gemma 4; vLLM's Kimi-Linear)."""
+"""Settings of models whose layers are not all attention of one size, also where they name no `layer_types`
+(transformers 5.10: Jamba, Bamba, Falcon-H1, Zamba2, Nemotron-H, RecurrentGemma, LFM2, Qwen3-Next, Gemma 4; vLLM's
+Kimi-Linear)."""
 
 LARGEST = 2**31 - 1
 """The largest size that anything counts here: vLLM puts them into tensors of 32 bits."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from verl_ascend_rollout.transport.stream import NamedTensor
-from verl_ascend_rollout.worker.weights import derived, expert_format, merged_experts, tied
+from verl_ascend_rollout.worker.weights import derived, expert_format, merged_experts, padding, tied
 from verl_ascend_rollout.worker.weights.layout import recorded_layers
 from verl_ascend_rollout.worker.weights.load import LoaderPass
 from verl_ascend_rollout.worker.weights.manifest import Manifest, WeightSyncError, few
@@ -53,6 +53,7 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest, plan: 
         raise WeightSyncError(reason)
     plan = plan if plan is not None else Plan()
     expert_format.to_checkpoint_format(model)
+    _clear_padding(model)
     staging = Staging(model, plan.packed if plan.replayable else None)
     kind = ReplayPass if plan.replayable else LoaderPass
     sync: LoaderPass | ReplayPass = kind(
@@ -146,6 +147,19 @@ def _derived_beside_transposed(model: torch.nn.Module) -> list[str]:
         for prefix, _, found in recorded_layers(model)
         if found.derived and any(weight.layout == "transposed" for weight in found.weights.values())
     ]
+
+
+def _clear_padding(model: torch.nn.Module) -> None:
+    """Clear the parameters of which no checkpoint fills all, where they are loaded in place: memory that a sleep of
+    level 2 has discarded comes back undefined (vLLM 0.28, device_allocator/cumem.py)."""
+    elsewhere = {
+        f"{prefix}.{name}"
+        for prefix, _, found in recorded_layers(model)
+        for name, weight in found.weights.items()
+        if weight.layout not in ("identity", "transposed")
+    }
+    for name in padding.padded(model).keys() - elsewhere:
+        model.get_parameter(name).data.zero_()
 
 
 def _derive_again(model: torch.nn.Module, model_config: Any, staging: Staging) -> None:
