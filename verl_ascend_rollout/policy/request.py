@@ -42,7 +42,7 @@ UNLIKE = (
 Kimi-Linear)."""
 
 LARGEST = 2**31 - 1
-"""The largest size that anything counts here: vLLM puts them into tensors of 32 bits."""
+"""The largest number that is taken for a size: what an integer of 32 bits holds."""
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,14 @@ def obstacle(model: torch.nn.Module) -> str:
     """Return why this model cannot be loaded by its recorded layouts; empty if it can."""
     if not any(True for _ in recorded_layers(model)):
         return NOT_RECORDED
+    gone = list(_thrown_away(model))
+    if gone:
+        return (
+            f"{few(gone)} {'was' if len(gone) == 1 else 'were'} thrown away by the engine after loading, as "
+            "vllm-ascend's sparse attention does, so that no sync can load it again: set "
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.rl_config.enabled=True, with which "
+            "vllm-ascend keeps it from 0.28 on (vllm-ascend#16700)"
+        )
     found = [*expert_format.not_loadable_in_place(model), *_derived_beside_transposed(model)]
     if not found:
         return ""
@@ -138,6 +146,17 @@ def obstacle(model: torch.nn.Module) -> str:
         f"{reason}; on Ascend set VLLM_ASCEND_ENABLE_NZ=0 and additional_config.weight_nz_mode=0, and leave fused MC2 "
         "off"
     )
+
+
+def _thrown_away(model: torch.nn.Module) -> Iterator[str]:
+    """Weights that the processing left where they were, and that have no elements now: vllm-ascend's `dispose_layer` of
+    `kv_b_proj` for DeepSeek-V3.2 and GLM-5 (0.13 to 0.25, attention/sfa_v1.py; 0.28 without its `rl_config`)."""
+    for prefix, layer, found in recorded_layers(model):
+        for name, weight in found.weights.items():
+            parameter = getattr(layer, name, None)
+            in_place = weight.layout in ("identity", "transposed")
+            if in_place and 0 not in weight.shape and isinstance(parameter, torch.Tensor) and not parameter.numel():
+                yield f"{prefix}.{name}"
 
 
 def _derived_beside_transposed(model: torch.nn.Module) -> list[str]:
