@@ -360,6 +360,7 @@ def test_explain_reads_the_rollouts_settings_alone(capsys: pytest.CaptureFixture
         ("trainer: {logger: console}", "has neither actor_rollout_ref.rollout nor a setting of a rollout"),
         ("actor_rollout_ref: {rollout: {max_num_seqs: '${nothing}', name: x}}", "cannot be resolved"),
         ("max_num_seqs: many", "must be a whole number"),
+        ("tensor_model_parallel_size: -4", "must be a whole number from 1 to"),
         ("cudagraph_capture_sizes: 7", "must be a list of whole numbers"),
         ("engine_kwargs: [1]", "must be a mapping"),
         ("engine_kwargs: {ascend_safe: {kv_rang: direct}}", "did you mean 'kv_release'?"),

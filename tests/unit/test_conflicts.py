@@ -329,6 +329,25 @@ def test_the_devices_that_verl_asks_ray_for(changes: dict[str, Any], expected: l
     assert all(isinstance(pool, Pool) for pool in pools)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("trainer.n_gpus_per_node", -8, "trainer.n_gpus_per_node=-8 cannot work: set it to a whole number from 1 to"),
+        ("trainer.nnodes", 0, "trainer.nnodes=0 cannot work"),
+        ("actor_rollout_ref.rollout.nnodes", -1, "from 0 to 2147483647"),
+        ("actor_rollout_ref.rollout.n", 2**31, "rollout.n=2147483648 cannot work"),
+        ("data.train_batch_size", -1, "data.train_batch_size=-1 cannot work"),
+    ],
+)
+def test_a_size_that_nothing_can_have_is_refused(name: str, size: int, said: str) -> None:
+    (sentence,) = found(job(**{name.replace(".", "__"): size}))
+    assert said in sentence
+
+
+def test_sizes_that_verl_takes_for_none_are_taken() -> None:
+    assert found(job(actor_rollout_ref__rollout__nnodes=0, data__train_batch_size=0)) == []
+
+
 def test_an_engine_that_prefills_and_decodes_apart_is_larger() -> None:
     apart = {"enabled": True, "prefill_replicas": 1, "decode_replicas": 2, "decode_tensor_model_parallel_size": 4}
     assert conflicts.engine_size(job(actor_rollout_ref__rollout__disaggregation=apart)) == 2 + 2 * 4

@@ -122,6 +122,23 @@ def test_the_kv_only_release_discards_and_wakes_one_tag() -> None:
     assert calls == [("discard", ("kv_cache",)), ("wake_up", ["kv_cache"])]
 
 
+def test_a_kv_cache_that_sleeps_is_known_to_also_where_the_weights_do_not_wake_up() -> None:
+    it = worker(sleep_mode=True)
+    it.model_runner.kv_caches = [torch.zeros(64)]
+    it.sleep = lambda level: None
+    woken: list[list[str]] = []
+
+    def no_memory(tags: list[str]) -> None:
+        raise RuntimeError("out of memory")
+
+    it.wake_up = no_memory
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kv_cache.free(it, "sleep")
+    assert kv_cache.kv_bytes(it) == 0
+    it.wake_up = lambda tags: woken.append(tags)
+    assert kv_cache.init(it, "sleep").changed and woken == [["kv_cache"]]
+
+
 def test_every_thing_that_stands_in_the_way_is_said() -> None:
     found = kv_cache.probe(worker(eager=False, connector=object(), kv_caches=True))
     assert len(found.obstacles) == 5

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import types
 from typing import Any
 
 import pytest
 import torch
 
-from verl_ascend_rollout.worker.weights import padding
+from verl_ascend_rollout.worker.weights import layout, padding
+from verl_ascend_rollout.worker.weights import sync as weight_sync
 from verl_ascend_rollout.worker.weights.account import Account, Places
+from verl_ascend_rollout.worker.weights.manifest import Manifest, WeightSyncError
+from verl_ascend_rollout.worker.weights.plan import Plan
 from verl_ascend_rollout.worker.weights.region import Region, storage_of
 
 EXPERTS, INTERMEDIATE, HIDDEN = 3, 6, 10
@@ -81,3 +86,41 @@ def test_layers_that_are_no_experts_and_parameters_of_other_names_are_as_they_ar
     assert padding.filled(linear, "weight", linear.weight)[0] is linear.weight
     other = torch.nn.Parameter(torch.zeros(EXPERTS, 99, 99))
     assert padding.filled(layer(), "e_score_correction_bias", other)[0] is other
+
+
+class KimiDeltaAttention(torch.nn.Module):
+    """vLLM 0.28's with a gate of full rank: a merged projection, and rows that fill it up to a multiple of 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_proj_padding = 5
+        self.in_proj_qkvgfab: Any = torch.nn.Linear(4, 16, bias=False)
+        self.in_proj_qkvgfab.weight.requires_grad_(False)
+        self.in_proj_qkvgfab.quant_method = types.SimpleNamespace(process_weights_after_loading=lambda layer: None)
+
+    def load_weights(self, weights: Any) -> None:
+        for name, tensor in weights:
+            self.in_proj_qkvgfab.weight.data[{"q": 0, "beta": 8}[name] :][: len(tensor)].copy_(tensor)
+
+
+def test_rows_that_fill_a_projection_up_are_not_waited_for_and_are_clear_after_each_sync() -> None:
+    model = KimiDeltaAttention()
+    layout.watch(model)
+    model.in_proj_qkvgfab.quant_method.process_weights_after_loading(model.in_proj_qkvgfab)
+    # Not a CPU's: there the layer would be rebuilt.
+    record = dataclasses.replace(layout.record(model.in_proj_qkvgfab), device="cuda")
+    setattr(model.in_proj_qkvgfab, layout.RECORD, record)
+    plan = Plan()
+    stream = {"q": torch.ones(8, 4), "beta": torch.full((3, 4), 2.0)}
+    for lost in (None, "beta", None, None):
+        model.in_proj_qkvgfab.weight.fill_(float("nan"))  # as after a sleep of level 2
+        given = [(name, tensor) for name, tensor in stream.items() if name != lost]
+        refused = pytest.raises(WeightSyncError, match="1 parameters missing from the stream: beta")
+        with (
+            refused if lost else contextlib.nullcontext(),
+            weight_sync.reload(model, types.SimpleNamespace(dtype=torch.float32), Manifest(), plan) as load,
+        ):
+            load(given)
+        if not lost:
+            assert torch.equal(model.in_proj_qkvgfab.weight, torch.cat([*stream.values(), torch.zeros(5, 4)]))
+            assert plan.replayable

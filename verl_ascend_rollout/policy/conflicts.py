@@ -16,7 +16,7 @@ from verl_ascend_rollout.policy import routing_replay
 from verl_ascend_rollout.policy.decision import Decisions
 from verl_ascend_rollout.policy.job_config import number, setting
 from verl_ascend_rollout.policy.releases import ADAPTERS_ON_EXPERTS, vllm_ascend_release
-from verl_ascend_rollout.policy.request import EngineRequest
+from verl_ascend_rollout.policy.request import LARGEST, EngineRequest
 
 ACTOR = "actor_rollout_ref.actor"
 
@@ -30,6 +30,7 @@ def find(config: Any, facts: PlatformFacts, request: EngineRequest, decisions: D
         request: the user's settings, with what is known of the model.
         decisions: the policy's; `None` where it has refused.
     """
+    yield from _sizes(config)
     yield from _memory_share(config)
     yield from _engine_size(config, request)
     yield from _micro_batches(config)
@@ -147,6 +148,31 @@ def engine_size(config: Any) -> int | None:
         prefills, decodes = number(config, f"{where}.prefill_replicas"), number(config, f"{where}.decode_replicas")
         return (tensor * (prefills or 1) + decode * (decodes or 1)) * rest
     return tensor * rest
+
+
+LEAST = {
+    "trainer.n_gpus_per_node": 1,
+    "trainer.nnodes": 1,
+    "rollout.n_gpus_per_node": 0,
+    "rollout.nnodes": 0,
+    # 0, verl's default, is no node of its own.
+    f"{ROLLOUT}.n_gpus_per_node": 0,
+    f"{ROLLOUT}.nnodes": 0,
+    f"{ROLLOUT}.pipeline_model_parallel_size": 1,
+    f"{ROLLOUT}.n": 1,
+    f"{ACTOR}.ppo_mini_batch_size": 1,
+    "data.train_batch_size": 0,  # what fully_async_policy wants
+    "data.max_prompt_length": 1,
+    "data.max_response_length": 1,
+}
+"""The least that a size can be; those that the engine has are looked at in `request`."""
+
+
+def _sizes(config: Any) -> Iterator[str]:
+    for name, least in LEAST.items():
+        size = number(config, name)
+        if size is not None and not least <= size <= LARGEST:
+            yield f"{name}={size} cannot work: set it to a whole number from {least} to {LARGEST}"
 
 
 def _memory_share(config: Any) -> Iterator[str]:

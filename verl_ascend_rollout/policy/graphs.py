@@ -2,7 +2,7 @@
 
 On Ascend a captured graph holds streams of the chip, of which there are 2048.  In PIECEWISE mode each layer is a graph
 of its own, and vllm-ascend 0.11 to 0.20 thins the list of sizes out until what it needs fits (`piecewise_limit`).  From
-0.22 on it does not, since newer drivers hold more; on others the capture fails (vllm-ascend#9962, #9564).
+0.21 on it does not, since newer drivers hold more; on others the capture fails (vllm-ascend#9962, #9564).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def cudagraph_mode(facts: PlatformFacts, request: EngineRequest, eager: bool) ->
         return Decision(
             name,
             "PIECEWISE",
-            "what vllm-ascend makes of verl's FULL_AND_PIECEWISE before 0.22",
+            "what vllm-ascend makes of verl's FULL_AND_PIECEWISE before 0.21",
             "vllm-ascend 0.11 vllm_ascend/platform.py:207, 0.13:236, 0.18:354",
             "read",
         )

@@ -58,7 +58,7 @@ def _candidates(facts: PlatformFacts, request: EngineRequest, sleep_mode: bool, 
         reason = "free_cache_engine=False: the memory is meant to stay"
         yield Candidate("keep", reason, f"{ROLLOUT}.free_cache_engine", "read")
         return
-    release = releases.vllm_ascend_release(facts) if facts.name == "npu" else releases.vllm_release(facts)
+    _, release = _release(facts)
     if sleep_mode and releases.KV_ONLY.may_be_in(release):
         yield Candidate(
             "kv_only",
@@ -110,14 +110,20 @@ def conflicts(
     facts: PlatformFacts, request: EngineRequest, sleep_mode: bool, eager: bool, decided: Decision
 ) -> Iterator[str]:
     """Yield what the user asks of the KV cache and cannot work, one sentence each."""
-    if request.kv_release == "sleep" and not sleep_mode:
+    name, release = _release(facts)
+    if request.kv_release in ("sleep", "kv_only") and not sleep_mode:
         if facts.name == "cpu" or facts.abilities.get("sleep_mode") is False:
-            yield f"{KV_RELEASE}=sleep cannot work: {no_sleep_mode(facts)}; set it to auto or reallocate"
+            yield f"{KV_RELEASE}={request.kv_release} cannot work: {no_sleep_mode(facts)}; set it to auto or reallocate"
         else:
             yield (
-                f"{KV_RELEASE}=sleep cannot work while {ROLLOUT}.enable_sleep_mode is False: set that to True, or "
-                "kv_release to auto"
+                f"{KV_RELEASE}={request.kv_release} cannot work while {ROLLOUT}.enable_sleep_mode is False: set that "
+                "to True, or kv_release to auto"
             )
+    elif request.kv_release == "kv_only" and release and not releases.KV_ONLY.is_in(release):
+        yield (
+            f"{KV_RELEASE}=kv_only cannot work with {name} {release[0]}.{release[1]}, whose worker cannot discard the "
+            "KV cache alone (vLLM from 0.31 on can): set it to auto or sleep"
+        )
     if request.kv_release == "reallocate" and facts.name != "cpu":
         if sleep_mode:
             yield (
@@ -143,6 +149,13 @@ def conflicts(
                 f"{ON_UNSAFE}=error says to stop then: set {ROLLOUT}.enable_sleep_mode=True or "
                 f"{ROLLOUT}.enforce_eager=True, or on_unsafe=keep"
             )
+
+
+def _release(facts: PlatformFacts) -> tuple[str, releases.Release | None]:
+    """Return the name of what has the engine's worker, and its release."""
+    if facts.name == "npu":
+        return "vllm-ascend", releases.vllm_ascend_release(facts)
+    return "vLLM", releases.vllm_release(facts)
 
 
 def no_sleep_mode(facts: PlatformFacts) -> str:

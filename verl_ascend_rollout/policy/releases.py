@@ -82,9 +82,9 @@ FULL_GRAPHS = Ability(since=(0, 18))
 FULL_MODE = Ability(since=(0, 13))
 """The mode FULL is known: 0.11 captures nothing with it (platform.py:243-248)."""
 
-THINS_SIZES = Ability(until=(0, 22))
-"""update_aclgraph_sizes is in 0.11 to 0.20.2rc1 and not in 0.22.1rc1 (utils.py), and so is the rewriting of
-FULL_AND_PIECEWISE to PIECEWISE (0.20.2rc1 platform.py:379).  No 0.21 was released."""
+THINS_SIZES = Ability(until=(0, 21))
+"""update_aclgraph_sizes is in 0.11 to 0.20.2rc1 and not in 0.21.0rc1 (utils.py), and so is the rewriting of
+FULL_AND_PIECEWISE to PIECEWISE (0.20.2rc1 platform.py:379)."""
 
 OWN_LIMIT = Ability(since=(0, 18))
 """Its list of sizes ends at max_num_seqs, before at twice that (0.18 platform.py:157-209; #7572)."""
@@ -102,14 +102,16 @@ KV_BYTES_ON_NPU = Ability(since=(0, 20))
 """kv_cache_memory_bytes counts (0.20.2rc1 worker/worker.py:341, 0.22.1rc1:477, 0.23:540); 0.13 and 0.18 do not look at
 it (worker.py:269, 327)."""
 
-EXPERTS_SPREAD_ON_310P = Ability(since=(0, 18), until=(0, 23))
+EXPERTS_SPREAD_ON_310P = Ability(since=(0, 18), until=(0, 21))
 """Expert parallelism works on 310P (0.18 _310p/fused_moe/fused_moe.py:135)."""
 
 EXPERTS_REFUSED_ON_310P = (
-    # In the model runner V2 (0.28 _310p/worker/v2/model_runner.py:192); V1 says nothing and has no expert maps.
+    # In the model runner V2 (0.28 _310p/worker/v2/model_runner.py:192).
     (Ability(since=(0, 28)), "vllm-ascend's model runner V2 raises NotImplementedError"),
-    # 0.23 _310p/fused_moe/fused_moe.py:218.
-    (Ability(since=(0, 23)), "vllm-ascend raises RuntimeError"),
+    # 0.24.0rc1 and 0.25.1rc1 _310p/fused_moe: neither the refusal nor a word of it in the release notes.
+    (Ability(since=(0, 24)), "vllm-ascend refused it up to 0.23 and does not say that it works since"),
+    # 0.21.0rc1 and 0.22.1rc1 _310p/fused_moe/fused_moe.py:157, 0.23:218.
+    (Ability(since=(0, 21)), "vllm-ascend raises RuntimeError"),
 )
 """How it is refused there, the first that fits; else by ValueError (0.11 worker/model_runner_v1.py:1904, 0.13
 ascend_forward_context.py:278)."""

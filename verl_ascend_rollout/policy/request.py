@@ -31,6 +31,19 @@ ON_UNSAFE = f"{KEY}.on_unsafe"
 MAPPINGS = ("compilation_config", "additional_config")
 """vLLM's arguments that what we decide joins."""
 
+UNLIKE = (
+    *("mamba_d_state", "mamba_d_ssm", "mamba_expand", "mamba_num_heads", "ssm_state_size", "ssm_cfg", "state_size"),
+    *("attn_layer_period", "attn_layer_indices", "attn_type_list", "full_attn_idxs", "full_attention_interval"),
+    *("layers_block_type", "block_types", "hybrid_override_pattern", "linear_attn_config", "linear_num_value_heads"),
+    *("lru_width", "conv_L_cache", "global_head_dim"),
+)
+"""Settings of models whose layers are not all attention of one size, also where they name no `layer_types`
+(transformers 5.10: Jamba, Bamba, Falcon-H1, Zamba2, Nemotron-H, RecurrentGemma, LFM2, Qwen3-Next, Gemma 4; vLLM's
+Kimi-Linear)."""
+
+LARGEST = 2**31 - 1
+"""The largest number that is taken for a size: what an integer of 32 bits holds."""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -77,7 +90,9 @@ class ModelFacts:
             experts = 0  # the configuration of a model without experts names none
         kv_heads = _get(text, "num_key_value_heads") or heads
         positions = _get(text, "max_position_embeddings")
-        alike = {"full_attention", "sliding_attention"}.issuperset(_get(text, "layer_types") or ())
+        alike = {"full_attention", "sliding_attention"}.issuperset(_get(text, "layer_types") or ()) and not any(
+            _get(text, name) for name in UNLIKE
+        )
         sizes = (layers, kv_heads, head_size)
         # Where vLLM looks (vllm 0.28, vllm/config/model.py, _parse_quant_hf_config).
         quantized = _get(config, "quantization_config") or _get(text, "quantization_config")
@@ -175,7 +190,7 @@ class EngineRequest:
             tensor_parallel_size=fields.number("tensor_model_parallel_size", 1),
             data_parallel_size=fields.number("data_parallel_size", 1),
             max_num_seqs=fields.number("max_num_seqs", 256),
-            max_model_len=fields.number("max_model_len", 0) or None,
+            max_model_len=fields.number("max_model_len", 0, least=-1) or None,  # -1: what fits (vLLM 0.28)
             cudagraph_capture_sizes=fields.numbers("cudagraph_capture_sizes"),
             lora=lora,
             mtp=bool(mtp is not None and _get(mtp, "enable") and _get(mtp, "enable_rollout")),
@@ -243,11 +258,11 @@ class _Fields:
         self._wrong(name, value, "must be True or False")
         return None
 
-    def number(self, name: str, default: int) -> int:
-        """Return a whole number."""
+    def number(self, name: str, default: int, least: int = 1) -> int:
+        """Return a whole number that a size can be."""
         value = _get(self.given, name)
-        if value is not None and not _is_whole(value):
-            self._wrong(name, value, "must be a whole number")
+        if value is not None and (not _is_whole(value) or not least <= int(value) <= LARGEST):
+            self._wrong(name, value, f"must be a whole number from {least} to {LARGEST}")
             value = None
         return default if value is None else int(value)
 
@@ -256,8 +271,9 @@ class _Fields:
         value = _get(self.given, name)
         if not value:
             return None
-        if not isinstance(value, Sequence) or isinstance(value, str) or not all(map(_is_whole, value)):
-            self._wrong(name, value, "must be a list of whole numbers")
+        whole = isinstance(value, Sequence) and not isinstance(value, str) and all(map(_is_whole, value))
+        if not whole or not all(1 <= int(each) <= LARGEST for each in value):
+            self._wrong(name, value, f"must be a list of whole numbers from 1 to {LARGEST}")
             return None
         return tuple(map(int, value))
 

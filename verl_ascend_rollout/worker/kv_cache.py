@@ -112,8 +112,9 @@ def free(worker: Any, method: KVMethod) -> KVCacheChange:
             # vLLM's level 1 moves the weights out too; they are wanted back at once, as verl's own release_kv_cache
             # does it (verl 0.9.1, vllm_async_server.py:875-883).
             worker.sleep(level=1)
-            worker.wake_up(tags=["weights"])
+            # From here on, also if the weights find no memory: the KV cache is unmapped.
             worker._ascend_safe_kv_asleep = True
+            worker.wake_up(tags=["weights"])
             outcome.changed = True
         elif method == "reallocate":
             holders = kv_references.unknown_holders(worker.model_runner)

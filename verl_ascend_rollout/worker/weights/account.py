@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from verl_ascend_rollout.worker.weights.plan import Fill
 from verl_ascend_rollout.worker.weights.region import Region, Tally, storage_of
 
 Writer = tuple[str, Region]
@@ -25,13 +26,14 @@ class _Entry:
     """One storage."""
 
     wanted: Tally  # what a whole sync writes into it
+    began: bool = False  # whether something came, were it the no rows of a rank that has padding only
     copied: Tally = field(default_factory=Tally)  # what came out of the stream
     cleared: Tally = field(default_factory=Tally)  # filled with a constant before anything came: may be copied over
     padded: Tally = field(default_factory=Tally)  # filled afterwards
 
     def is_whole(self) -> bool:
         written = self.copied.plus(self.padded)
-        return written == self.wanted or written.plus(self.cleared) == self.wanted
+        return written == self.wanted or (self.began and written.plus(self.cleared) == self.wanted)
 
 
 class Account:
@@ -49,13 +51,14 @@ class Account:
         """Count what came out of the stream."""
         entry = self._entries.get(storage)
         if entry is not None:
+            entry.began = True
             entry.copied.add(region)
 
     def filled(self, storage: int, region: Region) -> None:
         """Count what was filled with a constant."""
         entry = self._entries.get(storage)
         if entry is not None:
-            (entry.padded if entry.copied.elements else entry.cleared).add(region)
+            (entry.padded if entry.began else entry.cleared).add(region)
 
     def is_whole(self, storage: int) -> bool:
         """Return whether each element of a storage that has to be written has been, once."""
@@ -129,7 +132,7 @@ def find(
     target: str,
     parts: Sequence[Region],
     writers: Sequence[Writer],
-    fills: Iterable[Region],
+    fills: Sequence[Fill],
     expected: Iterable[Writer],
     came: Container[str],
     refused: Collection[str],
@@ -151,11 +154,10 @@ def find(
         Whether nothing is wrong after all: a loader has written parts of a tensor again that it had written before.
     """
     expected = list(expected)
-    regions = [*parts, *(region for _, region in (*writers, *expected)), *fills]
+    regions = [*parts, *(region for _, region in (*writers, *expected)), *(fill.destination for fill in fills)]
     written = torch.zeros(max(_end(region) for region in regions), dtype=torch.bool)
     once = _write(written, writers, findings)
-    for region in fills:
-        region.in_tensor(written).fill_(True)
+    _fill(written, writers, fills)
     if all(bool(region.in_tensor(written).all()) for region in parts):
         return once
     lacking = dict.fromkeys(name for name, region in expected if not bool(region.in_tensor(written).all()))
@@ -189,6 +191,25 @@ def _write(written: torch.Tensor, writers: Sequence[Writer], findings: Findings)
         place.fill_(True)
         had.append((name, region))
     return len(findings.twice) == twice
+
+
+def _fill(written: torch.Tensor, writers: Sequence[Writer], fills: Sequence[Fill]) -> None:
+    """Mark what was padded as written, and what was cleared and not copied again as not.
+
+    Padding is what is filled beside what came with the same call of the loader, and nothing is copied over it later.
+    """
+    # From the last one on: what an element is in the end, the first that has it says.
+    copied, seen = torch.zeros_like(written), torch.zeros_like(written)
+    at = len(writers)
+    for fill in reversed(fills):
+        for _, region in writers[fill.after : at]:
+            region.in_tensor(copied).fill_(True)
+            region.in_tensor(seen).fill_(True)
+        at = min(at, fill.after)
+        place = fill.destination
+        padding = fill.in_call and not bool(place.in_tensor(copied).any())
+        place.in_tensor(written).copy_(torch.where(place.in_tensor(seen), place.in_tensor(written), padding))
+        place.in_tensor(seen).fill_(True)
 
 
 def _same_end(one: str, other: str) -> bool:

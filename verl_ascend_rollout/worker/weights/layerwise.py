@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from verl_ascend_rollout.transport.stream import NamedTensor
-from verl_ascend_rollout.worker.weights import expert_format, merged_experts, tied, vllm_reload
+from verl_ascend_rollout.worker.weights import derived, expert_format, merged_experts, tied, vllm_reload
 from verl_ascend_rollout.worker.weights import sync as weight_sync
 from verl_ascend_rollout.worker.weights.layout import record, recorded_layers
 from verl_ascend_rollout.worker.weights.load import LoaderPass
@@ -92,8 +92,9 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest, plan: 
             layers.not_plain = sync.not_plain
             yield load
             manifest.check_findings(sync.findings())
-            with weight_sync.as_when_made(model_config):
+            with weight_sync.as_when_made(model_config), derived.in_place(derived.implementations(model)):
                 layers.finish()
+            derived.make_again(model)
         heads.check(manifest.refuse)
         manifest.check()
         values.check()

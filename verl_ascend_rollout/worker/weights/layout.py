@@ -2,7 +2,7 @@
 
 A layer's `process_weights_after_loading` may leave a weight as it came (`identity`), swap its last two axes
 (`transposed`: vllm-ascend's experts in every release from 0.11 on), pack it in blocks in a tensor of the same shape
-(`blocked`: experts on a CPU, see `blocks`), or make something else of it that is no view of the checkpoint's form
+(`blocked`: experts on a CPU, see `cpu`), or make something else of it that is no view of the checkpoint's form
 (`repacked`: oneDNN, shuffles, FRACTAL_NZ).  What it did is found here by looking: a sample of the weight's elements is
 taken before and looked for after.  Shapes would not tell: with hidden == 2 * intermediate / tp
 the two forms of `w13_weight` have the same shape, and guessing by it is silently wrong (verl 0.8.0, npu_vllm_patch.py;

@@ -20,7 +20,7 @@ from verl_ascend_rollout.worker.weights.cpu.packed_experts import DirectWrites
 from verl_ascend_rollout.worker.weights.expected import Expected
 from verl_ascend_rollout.worker.weights.layout import recorded_layers
 from verl_ascend_rollout.worker.weights.manifest import Manifest, differs, first_line
-from verl_ascend_rollout.worker.weights.plan import Copy, Plan, Route
+from verl_ascend_rollout.worker.weights.plan import Copy, Fill, Plan, Route
 from verl_ascend_rollout.worker.weights.recorder import Incoming, Recorder, castable, used_whole
 from verl_ascend_rollout.worker.weights.region import Region, storage_of
 
@@ -116,9 +116,9 @@ class LoaderPass:
     def findings(self) -> Findings:
         """Return what is wrong with the parameters that are not whole."""
         found = Findings()
-        fills: dict[str, list[Region]] = {}
+        fills: dict[str, list[Fill]] = {}
         for fill in self._recorder.fills:
-            fills.setdefault(fill.target, []).append(fill.destination)
+            fills.setdefault(fill.target, []).append(fill)
         packed = getattr(self._model, "packed_modules_mapping", {})
         expected = Expected(self._plan.known, self._recorder.writers, packed)
         refused = {*self._manifest.refused, *self._recorder.refused}
@@ -245,14 +245,22 @@ class LoaderPass:
 
 
 def to_be_loaded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters that a checkpoint brings, by name."""
+    """Return the parameters that a checkpoint brings, by name; without those that are a part of another's memory.
+
+    vLLM 0.28 registers MLA's `W_UV` and `W_UK_T`, which are views of `kv_b_proj.weight` (mla_attention.py:1124).
+    """
     derived = {
         f"{prefix}.{name}" if prefix else name
         for prefix, _, record in recorded_layers(model)
         for name in record.derived
     }
     # vllm-ascend main registers its fp32 router as a parameter.
-    return {name: parameter for name, parameter in model.named_parameters() if name not in derived}
+    found = {name: parameter for name, parameter in model.named_parameters() if name not in derived}
+    whole: dict[int, str] = {}
+    for name, parameter in found.items():
+        if parameter.nbytes == parameter.untyped_storage().nbytes():
+            whole.setdefault(storage_of(parameter), name)
+    return {name: each for name, each in found.items() if whole.get(storage_of(each), name) == name}
 
 
 def complaint(incoming: Incoming, ranks: list[tuple[int, int]], model: torch.nn.Module) -> str | None:

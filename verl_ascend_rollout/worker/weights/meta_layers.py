@@ -53,6 +53,7 @@ class MetaLayers:
         self._values = values
         self._served = {layer: ServedLayer.of(prefix, layer) for prefix, layer in model.named_modules()}
         self._load_and_process: Any = vllm_reload.layerwise()._layerwise_process
+        self._padded_rows = padding.padded_rows(model)
         self._account = Account({})
         self._owners: dict[int, torch.nn.Module] = {}
         self._ties: list[_Tie] = []
@@ -180,7 +181,8 @@ class MetaLayers:
         staged = {name: each for name, each in layer.named_parameters(recurse=False) if each.is_meta}
         vllm_reload.give_memory(layer)
         loaded: dict[str, Any] = {name: getattr(layer, name) for name in staged}
-        parts = {served.name(name): padding.filled(layer, name, parameter) for name, parameter in loaded.items()}
+        rows = self._padded_rows.get(layer, 0)
+        parts = {served.name(name): padding.filled(layer, name, parameter, rows) for name, parameter in loaded.items()}
         for name, parameter in loaded.items():
             if parts[served.name(name)][0] is not parameter:
                 parameter.data.zero_()
@@ -245,7 +247,7 @@ class MetaLayers:
 
 def _covers(recorder: Recorder, name: str, parts: Sequence[Region]) -> bool:
     """Return whether every element was written, some of them more than once."""
-    fills = [fill.destination for fill in recorder.fills if fill.target == name]
+    fills = [fill for fill in recorder.fills if fill.target == name]
     return find(name, parts, recorder.writers.get(name, ()), fills, (), (), (), Findings())
 
 

@@ -1,8 +1,9 @@
-"""Expert parameters that are larger than the checkpoint's: what of them a checkpoint fills.
+"""Parameters that are larger than the checkpoint's: what of them a checkpoint fills.
 
-vLLM makes them so for kernels that want other sizes: hidden sizes that DeepEP sends, and from 0.33 on intermediate
+vLLM makes experts so for kernels that want other sizes: hidden sizes that DeepEP sends, and from 0.33 on intermediate
 sizes that FlashInfer takes on Blackwell.  The layer's configuration has the checkpoint's sizes (0.24 to 0.33,
-fused_moe/config.py).
+fused_moe/config.py).  The merged projection of Kimi K3's linear attention ends with rows that make it a multiple of 16
+(0.28, mamba/gdn/kimi_gdn_linear_attn.py:209).
 """
 
 from __future__ import annotations
@@ -15,22 +16,36 @@ import torch
 def padded(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
     """Return of each padded parameter, by name, what a checkpoint fills (see `filled`)."""
     found = {}
+    rows = padded_rows(model)
     for prefix, layer in model.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            parts = filled(layer, name, parameter)
+            parts = filled(layer, name, parameter, rows.get(layer, 0))
             if parts[0] is not parameter:
                 found[f"{prefix}.{name}"] = parts
     return found
 
 
-def filled(layer: torch.nn.Module, name: str, parameter: torch.Tensor) -> list[torch.Tensor]:
+def padded_rows(model: torch.nn.Module) -> dict[torch.nn.Module, int]:
+    """Return the projections whose weight ends with rows that no checkpoint has, with how many."""
+    found: dict[torch.nn.Module, int] = {}
+    for layer in model.modules():
+        projection = getattr(layer, "in_proj_qkvgfab", None)
+        if isinstance(projection, torch.nn.Module):
+            found[projection] = int(getattr(layer, "in_proj_padding", 0))
+    return found
+
+
+def filled(layer: torch.nn.Module, name: str, parameter: torch.Tensor, rows: int = 0) -> list[torch.Tensor]:
     """Return what a checkpoint fills of a parameter, as views: all of it, unless it is padded.
 
     Args:
         layer: whose parameter it is.
         name: the layer's own.
-        parameter: in checkpoint form, of shape (experts, rows, columns), or of a bias (experts, rows).
+        parameter: in checkpoint form; of experts of shape (experts, rows, columns), or of a bias (experts, rows).
+        rows: how many at the end are padding (see `padded_rows`).
     """
+    if rows and name == "weight":
+        return [parameter.narrow(0, 0, parameter.shape[0] - rows)] if parameter.numel() else [parameter]
     config: Any = getattr(layer, "moe_config", None)
     intermediate = getattr(config, "intermediate_size_per_partition_unpadded", None)
     hidden = getattr(config, "hidden_dim_unpadded", None)

@@ -39,11 +39,13 @@ class Copy:
 
 @dataclass(frozen=True)
 class Fill:
-    """A part of a parameter that a loader fills with a constant: padding."""
+    """A part of a parameter that a loader fills with a constant: padding, or what it clears before it copies."""
 
     target: str
     destination: Region
     value: float
+    after: int = 0  # how many copies into the parameter came before it
+    in_call: bool = False  # whether one of them came in the same call of the loader
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._read: tuple[_Part, Region] | None = None
         self._unexplained = False
         self._writes = 0
+        self._before_call: dict[str, int] = {}  # by parameter, the copies before this call of the loader
         self.writers: dict[str, list[Writer]] = {}
         self.fills: list[Fill] = []
         self.not_plain: dict[str, str] = {}
@@ -170,6 +171,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._made.clear()
         self._kept.clear()
         self._unexplained = False
+        self._before_call = {name: len(written) for name, written in self.writers.items()}
 
     def stream(self) -> Iterator[NamedTensor]:
         """Yield the weights for the loader, as it takes them, one at a time."""
@@ -388,8 +390,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_fill(self, written: torch.Tensor, value: float, storage: int) -> bool:
         region = Region.of(written, self._bases[storage])
         if region.elements:
+            name = self._names[storage]
+            after = len(self.writers.get(name, ()))
             self._account.filled(storage, region)
-            self.fills.append(Fill(self._names[storage], region, value))
+            self.fills.append(Fill(name, region, value, after, after > self._before_call.get(name, 0)))
         return True
 
     def _note_other(self, what: str, origins: Iterable[str]) -> None:

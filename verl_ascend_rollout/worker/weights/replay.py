@@ -15,7 +15,7 @@ from verl_ascend_rollout.transport.stream import NamedTensor
 from verl_ascend_rollout.worker.weights.account import Account, Findings, Places, Writer, find
 from verl_ascend_rollout.worker.weights.cpu.block_copy import blocks_differ, copy_into_blocks
 from verl_ascend_rollout.worker.weights.cpu.packed_experts import PackedLayout
-from verl_ascend_rollout.worker.weights.load import Parts, complaint, groups, told_of_foreign_experts
+from verl_ascend_rollout.worker.weights.load import Parts, complaint, groups, to_be_loaded, told_of_foreign_experts
 from verl_ascend_rollout.worker.weights.manifest import Manifest, differs, first_line
 from verl_ascend_rollout.worker.weights.plan import Copy, Fill, Plan, Route, logger
 from verl_ascend_rollout.worker.weights.recorder import Incoming, Recorder, castable
@@ -100,7 +100,7 @@ class ReplayPass:
         self._plan = plan
         self._staging = staging
         self._parts = parts
-        self._parameters: dict[str, torch.Tensor] = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        self._parameters: dict[str, torch.Tensor] = {**dict(model.named_buffers()), **to_be_loaded(model)}
         self._targets = {
             name: _Target.of(parameter, plan.packed.get(name)) for name, parameter in self._parameters.items()
         }

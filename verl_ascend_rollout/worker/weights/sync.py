@@ -9,8 +9,6 @@ what it did (see `plan`, `replay`).  What a layer derives from its weights is de
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,8 +16,8 @@ from typing import Any
 import torch
 
 from verl_ascend_rollout.transport.stream import NamedTensor
-from verl_ascend_rollout.worker.weights import expert_format, merged_experts, tied
-from verl_ascend_rollout.worker.weights.layout import LayerRecord, recorded_layers
+from verl_ascend_rollout.worker.weights import derived, expert_format, merged_experts, padding, tied
+from verl_ascend_rollout.worker.weights.layout import recorded_layers
 from verl_ascend_rollout.worker.weights.load import LoaderPass
 from verl_ascend_rollout.worker.weights.manifest import Manifest, WeightSyncError, few
 from verl_ascend_rollout.worker.weights.plan import Plan
@@ -55,6 +53,7 @@ def reload(model: torch.nn.Module, model_config: Any, manifest: Manifest, plan: 
         raise WeightSyncError(reason)
     plan = plan if plan is not None else Plan()
     expert_format.to_checkpoint_format(model)
+    _clear_padding(model)
     staging = Staging(model, plan.packed if plan.replayable else None)
     kind = ReplayPass if plan.replayable else LoaderPass
     sync: LoaderPass | ReplayPass = kind(
@@ -129,6 +128,14 @@ def obstacle(model: torch.nn.Module) -> str:
     """Return why this model cannot be loaded by its recorded layouts; empty if it can."""
     if not any(True for _ in recorded_layers(model)):
         return NOT_RECORDED
+    gone = list(_thrown_away(model))
+    if gone:
+        return (
+            f"{few(gone)} {'was' if len(gone) == 1 else 'were'} thrown away by the engine after loading, as "
+            "vllm-ascend's sparse attention does, so that no sync can load it again: set "
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.rl_config.enabled=True, with which "
+            "vllm-ascend keeps it from 0.28 on (vllm-ascend#16700)"
+        )
     found = [*expert_format.not_loadable_in_place(model), *_derived_beside_transposed(model)]
     if not found:
         return ""
@@ -141,6 +148,17 @@ def obstacle(model: torch.nn.Module) -> str:
     )
 
 
+def _thrown_away(model: torch.nn.Module) -> Iterator[str]:
+    """Weights that the processing left where they were, and that have no elements now: vllm-ascend's `dispose_layer` of
+    `kv_b_proj` for DeepSeek-V3.2 and GLM-5 (0.13 to 0.25, attention/sfa_v1.py; 0.28 without its `rl_config`)."""
+    for prefix, layer, found in recorded_layers(model):
+        for name, weight in found.weights.items():
+            parameter = getattr(layer, name, None)
+            in_place = weight.layout in ("identity", "transposed")
+            if in_place and 0 not in weight.shape and isinstance(parameter, torch.Tensor) and not parameter.numel():
+                yield f"{prefix}.{name}"
+
+
 def _derived_beside_transposed(model: torch.nn.Module) -> list[str]:
     """Layers whose processing both transposes and derives: running it once more would transpose once more."""
     return [
@@ -150,45 +168,23 @@ def _derived_beside_transposed(model: torch.nn.Module) -> list[str]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# what layers derive from their weights
+def _clear_padding(model: torch.nn.Module) -> None:
+    """Clear the parameters of which no checkpoint fills all, where they are loaded in place: memory that a sleep of
+    level 2 has discarded comes back undefined (vLLM 0.28, device_allocator/cumem.py)."""
+    elsewhere = {
+        f"{prefix}.{name}"
+        for prefix, _, found in recorded_layers(model)
+        for name, weight in found.weights.items()
+        if weight.layout not in ("identity", "transposed")
+    }
+    for name in padding.padded(model).keys() - elsewhere:
+        model.get_parameter(name).data.zero_()
 
 
 def _derive_again(model: torch.nn.Module, model_config: Any, staging: Staging) -> None:
-    """Bring what layers keep beside their weights up to date, at the same addresses where there were any."""
-    for _, layer, found in recorded_layers(model):
+    """Bring what layers keep beside their weights up to date, at the same addresses."""
+    for prefix, layer, found in recorded_layers(model):
         if found.derived and not staging.has(layer):
-            _process_again(layer, found)
-    for attention in _attention_layers(model):
-        # Absorbed projections of MLA, scales; the last step of vLLM's own processing (model_loader/utils.py).
-        attention.process_weights_after_loading(model_config.dtype)
-
-
-def _process_again(layer: torch.nn.Module, layer_record: LayerRecord) -> None:
-    """Run the processing of a layer whose weights it leaves as they are, for the sake of what it derives.
-
-    vllm-ascend 0.23 makes a new fp32 copy of the router each time (ops/linear.py:90), main copies into the old one;
-    a captured graph has the old one's address.
-    """
-    before = {name: getattr(layer, name) for name in layer_record.derived if hasattr(layer, name)}
-    method: Any = layer.quant_method
-    method.process_weights_after_loading(layer)
-    for name, old in before.items():
-        new = getattr(layer, name)
-        if new is not old and new.data_ptr() != old.data_ptr() and new.shape == old.shape and new.dtype == old.dtype:
-            old.data.copy_(new.data)
-            setattr(layer, name, old)
-
-
-def _attention_layers(model: torch.nn.Module) -> Iterator[Any]:
-    """Yield vLLM's attention layers.  The classes moved after vLLM 0.13, and 0.11 has no `MLAAttention` there."""
-    classes = []
-    for place in ("vllm.model_executor.layers.attention", "vllm.attention.layer"):
-        with contextlib.suppress(ImportError):
-            found = importlib.import_module(place)
-            classes = [getattr(found, name) for name in ("Attention", "MLAAttention") if hasattr(found, name)]
-        if classes:
-            break
-    for module in model.modules():
-        if isinstance(module, tuple(classes)) and hasattr(module, "process_weights_after_loading"):
-            yield module
+            derived.process_again(layer, found, prefix)
+    derived.process_attention(model, model_config.dtype)
+    derived.make_again(model)
