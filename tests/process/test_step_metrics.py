@@ -120,13 +120,23 @@ def test_numbers_that_cannot_be_had_do_not_end_a_run(
     def refuse(calls: list[Any], timeout: float) -> list[Any]:
         raise TimeoutError("the server is busy")
 
-    class Replica:
-        servers = [types.SimpleNamespace(step_metrics=types.SimpleNamespace(remote=lambda: None))]
+    asked: list[int] = []
 
-    replica = Replica()
-    monkeypatch.setattr(tracking, "_replicas", {replica})
+    class Handle:
+        step_metrics = types.SimpleNamespace(remote=lambda: asked.append(1))
+
+    class Replica:
+        servers = [Handle()]
+
+    class Again:
+        """The same replica, that came to this process by pickle."""
+
+        servers = Replica.servers
+
+    monkeypatch.setattr(tracking, "_replicas", {Replica(), Again()})
     monkeypatch.setattr("ray.get", refuse)
     # Importing vLLM's server raises the level of every handler of the root logger.
     with caplog.at_level(logging.WARNING):
         assert tracking.rollout_metrics() == {}
     assert "the server is busy" in caplog.text
+    assert asked == [1], "a server is asked once"
