@@ -265,6 +265,7 @@ async def start(
     async def run_server(self: Any, args: Any) -> None:
         self.engine = (make or ENGINES[vllm])()
         self._server_task = asyncio.create_task(asyncio.sleep(0))
+        self._server_address, self._server_port = "127.0.0.1", 8000
 
     verls = vllm_async_server.vLLMHttpServer
     verls.run_server = run_server
