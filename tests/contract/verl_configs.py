@@ -4,6 +4,7 @@ other release of verl whose wheel is at hand."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import importlib.util
 import io
@@ -27,7 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from packaging.utils import parse_wheel_filename
 
-from verl_ascend_rollout.integration import rollout_choice
+from verl_ascend_rollout.integration import contract, rollout_choice
 from verl_ascend_rollout.tools.doctor import wheels
 
 MAIN_PPO = "trainer/main_ppo.py"
@@ -61,8 +62,14 @@ def installed() -> Verl:
 
 @functools.cache
 def releases() -> list[Verl]:
-    """The installed verl, then the others whose wheels the doctor has downloaded, unpacked as far as configs go."""
+    """The installed verl, then the others whose wheels the doctor has downloaded, unpacked as far as configs go: those
+    of the contract at least, where an index has them.  One process at a time, since all have to collect the same."""
     found = [installed()]
+    wheels.cache_folder().mkdir(parents=True, exist_ok=True)
+    with (wheels.cache_folder() / ".collecting").open("w") as lock, contextlib.suppress(wheels.WheelError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for version in contract.WHOLE:
+            wheels.get({"verl": version}, wheels.cache_folder(), say=False).close()
     for wheel in sorted(wheels.cache_folder().glob("verl-*.whl")):
         version = str(parse_wheel_filename(wheel.name)[1])
         if version == found[0].version:
